@@ -1,0 +1,206 @@
+"""Model families: how the `config.json` of each becomes a `Config`.
+
+The file is read closed-world. Every key is one of three things: a field of the configuration, required to hold
+the one value that this runtime computes, or known to change nothing at inference. Any other key is refused by
+name, because a key that is skipped in silence is a model that is computed wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mllm.config import Config, TextConfig, VisionConfig
+from mllm.errors import ConfigError
+
+PRESETS = (
+    "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b",
+)  # fmt: skip
+
+Json = Mapping[str, Any]
+
+# Keys that change nothing at inference, or that are read where they count and only echoed elsewhere.
+_HARMLESS = frozenset({
+    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder",
+    "label2id", "max_window_layers", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
+    "problem_type", "return_dict", "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version",
+    "use_cache", "vision_end_token_id", "vision_start_token_id",
+})  # fmt: skip
+_ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+_TEXT_FIXED = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+_VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh"}
+
+
+def preset(name: str) -> Config:
+    """The configuration of a public model, by a name of `PRESETS`. The files ship with the package."""
+    if name not in PRESETS:
+        raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+    file = resources.files("mllm") / "presets" / f"{name}.json"
+    return parse(json.loads(file.read_text(encoding="utf-8")), source=name)
+
+
+def read(folder: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Config:
+    """Read `config.json`, and the end tokens of `generation_config.json`, of a model folder.
+
+    Keys named in `ignore` are passed over. Raises `ConfigError` with the file and the key.
+    """
+    path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
+    data = read_json(path)
+    if generation.is_file() and (end := read_json(generation).get("eos_token_id")) is not None:
+        data["eos_token_id"] = end
+    return parse(data, source=str(path), ignore=ignore)
+
+
+def parse(data: Json, *, source: str = "config", ignore: Collection[str] = ()) -> Config:
+    """The configuration that `data`, the contents of a `config.json`, describes; `source` names it in errors."""
+    kind = data.get("model_type")
+    try:
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise ConfigError(f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+        return FAMILIES[kind](data, frozenset(ignore))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; `ConfigError` for anything else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; a model folder holds config.json and *.safetensors") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got a {type(data).__name__}")
+    return data
+
+
+def _qwen3(data: Json, ignore: frozenset[str]) -> Config:
+    text = _text(data, data, ignore, more={"layer_types"}, sections=None)
+    layers = data.get("layer_types")
+    if layers is not None and set(layers) != {"full_attention"} and "layer_types" not in ignore:
+        raise ConfigError(f"layer_types: only full_attention is supported, got {sorted(set(layers))}")
+    return Config(text=text, end_tokens=_end_tokens(data), dtype=_dtype(data))
+
+
+def _qwen3_vl(data: Json, ignore: frozenset[str]) -> Config:
+    parts = {"text_config": {"qwen3_vl_text"}, "vision_config": {"qwen3_vl", "qwen3_vl_vision"}}
+    _refuse_unknown(data, {*parts, "image_token_id", "video_token_id"}, ignore, where="")
+    for part, kinds in parts.items():
+        if not isinstance(data.get(part), Mapping):
+            raise ConfigError(f"{part}: expected an object, got {data.get(part)!r}")
+        if data[part].get("model_type", next(iter(kinds))) not in kinds:
+            raise ConfigError(f"{part}.model_type: expected {' or '.join(sorted(kinds))}")
+    text, vision = data["text_config"], data["vision_config"]
+    return Config(
+        text=_text(text, data, ignore, more=set(), sections=(24, 20, 20), where="text_config."),
+        vision=_vision(vision, ignore),
+        image_token_id=data.get("image_token_id"),
+        video_token_id=data.get("video_token_id"),
+        end_tokens=_end_tokens(data) or _end_tokens(text),
+        dtype=_dtype(data) or _dtype(text),
+    )
+
+
+FAMILIES = {"qwen3": _qwen3, "qwen3_vl": _qwen3_vl}
+
+
+def _text(
+    data: Json,
+    top: Json,
+    ignore: frozenset[str],
+    *,
+    more: set[str],
+    sections: tuple[int, int, int] | None,
+    where: str = "",
+) -> TextConfig:
+    """The decoder; `sections` is the M-RoPE layout where the file names none, None for plain rotary embedding."""
+    names = {f.name for f in attrs.fields(TextConfig)} - {"mrope_section", "rope_theta", "tie_word_embeddings"}
+    _refuse_unknown(data, names | _ROPE | set(_TEXT_FIXED) | more, ignore, where=where)
+    _require_fixed(data, _TEXT_FIXED, ignore, where=where)
+    _require(data, names - {"rms_norm_eps"}, where=where)
+    rope = _rope(data, ignore, kinds=("default",), where=where)
+    if "rope_theta" not in rope:
+        raise ConfigError(f"{where}rope_theta: missing")
+    half = data["head_dim"] // 2 if isinstance(data["head_dim"], int) else 0
+    tied = top.get("tie_word_embeddings", data.get("tie_word_embeddings", False))
+    return _build(TextConfig, data, names, where=where, rope_theta=rope["rope_theta"],
+                  mrope_section=rope.get("mrope_section", sections) if sections else (half, 0, 0),
+                  tie_word_embeddings=bool(tied))  # fmt: skip
+
+
+def _vision(data: Json, ignore: frozenset[str]) -> VisionConfig:
+    where = "vision_config."
+    names = {f.name for f in attrs.fields(VisionConfig)} - {"rope_theta"}
+    _refuse_unknown(data, names | {"rope_parameters"} | set(_VISION_FIXED), ignore, where=where)
+    _require_fixed(data, _VISION_FIXED, ignore, where=where)
+    _require(data, names - {"in_channels"}, where=where)
+    rope = _rope(data, ignore, kinds=("axial", "default"), where=where)
+    return _build(VisionConfig, data, names, where=where, rope_theta=rope.get("rope_theta", 10_000.0))
+
+
+def _rope(data: Json, ignore: frozenset[str], *, kinds: tuple[str, ...], where: str) -> dict[str, Any]:
+    """Rotary settings in either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = data.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{where}{key}: expected an object, got {value!r}")
+        rope |= value or {}
+    if data.get("rope_theta") is not None:
+        rope.setdefault("rope_theta", data["rope_theta"])
+    kind = rope.pop("rope_type", rope.pop("type", kinds[0]))
+    if kind not in (*kinds, "mrope") and "rope_type" not in ignore:
+        raise ConfigError(f"{where}rope_type: only {kinds[0]!r} is supported, got {kind!r}")
+    _require_fixed(rope, {"mrope_interleaved": True, "partial_rotary_factor": 1.0}, ignore, where=where)
+    known = {"type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor"}
+    _refuse_unknown(rope, known, ignore, where=f"{where}rope_parameters.")
+    return rope
+
+
+def _build(cls: type, data: Json, names: Collection[str], *, where: str, **more: Any) -> Any:
+    try:
+        return cls(**{name: data[name] for name in names if data.get(name) is not None}, **more)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+
+
+def _refuse_unknown(data: Json, known: set[str], ignore: frozenset[str], *, where: str) -> None:
+    if unknown := sorted(data.keys() - known - _HARMLESS - ignore):
+        keys = ", ".join(where + key for key in unknown)
+        raise ConfigError(
+            f"unknown keys: {keys}. They may change what the model computes; if you know that they do not, "
+            f"pass ignore_config={tuple(unknown)}"
+        )
+
+
+def _require(data: Json, names: set[str], *, where: str) -> None:
+    if missing := sorted(name for name in names if data.get(name) is None):
+        raise ConfigError(f"missing keys: {', '.join(where + key for key in missing)}")
+
+
+def _require_fixed(data: Json, fixed: Json, ignore: frozenset[str], *, where: str) -> None:
+    for key, value in fixed.items():
+        if data.get(key, value) not in (value, None) and key not in ignore:
+            raise ConfigError(f"{where}{key}: only {value!r} is supported, got {data[key]!r}")
+
+
+def _end_tokens(data: Json) -> tuple[int, ...]:
+    end = data.get("eos_token_id")
+    if end is None:
+        return ()
+    return tuple(end) if isinstance(end, list) else (end,)
+
+
+def _dtype(data: Json) -> str | None:
+    name = data.get("dtype", data.get("torch_dtype"))
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype: expected float32, bfloat16 or float16, got {name!r}")
+    return name

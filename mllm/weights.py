@@ -1,0 +1,153 @@
+"""Parameter classes. Their field declarations are the one place where parameter shapes are written down:
+`build` makes a whole tree from them, `random` fills it with noise, `checkpoint.load` from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from mllm.config import Config
+from mllm.state import State, each, leaves, state, tensor
+
+S = TypeVar("S", bound=State)
+Make = Callable[[str, tuple[int, ...]], Tensor]  # (path of a field, its shape) -> the tensor
+
+
+@state
+class Layer(State):
+    """One decoder layer. `qkv` and `gate_up` are fused so that a step reads four matrices a layer, not seven."""
+
+    norm_in: Tensor = tensor("E")
+    qkv: Tensor = tensor("C E")
+    q_norm: Tensor = tensor("D")
+    k_norm: Tensor = tensor("D")
+    out: Tensor = tensor("E A")
+    norm_mlp: Tensor = tensor("E")
+    gate_up: Tensor = tensor("G E")
+    down: Tensor = tensor("E F")
+
+
+@state
+class TextWeights(State):
+    """The decoder. `head` is `embed` itself where the model ties them."""
+
+    embed: Tensor = tensor("V E")
+    layers: tuple[Layer, ...] = each(Layer, "L")
+    norm: Tensor = tensor("E")
+    head: Tensor = tensor("V E")
+
+
+@state
+class Block(State):
+    """One layer of the vision encoder."""
+
+    norm_in: Tensor = tensor("Ev")
+    norm_in_bias: Tensor = tensor("Ev")
+    qkv: Tensor = tensor("Cv Ev")
+    qkv_bias: Tensor = tensor("Cv")
+    out: Tensor = tensor("Ev Ev")
+    out_bias: Tensor = tensor("Ev")
+    norm_mlp: Tensor = tensor("Ev")
+    norm_mlp_bias: Tensor = tensor("Ev")
+    up: Tensor = tensor("Fv Ev")
+    up_bias: Tensor = tensor("Fv")
+    down: Tensor = tensor("Ev Fv")
+    down_bias: Tensor = tensor("Ev")
+
+
+@state
+class Merger(State):
+    """Neighbouring patches to one feature of the decoder's width, normalised patch by patch."""
+
+    norm: Tensor = tensor("Ev")
+    norm_bias: Tensor = tensor("Ev")
+    up: Tensor = tensor("Mv Mv")
+    up_bias: Tensor = tensor("Mv")
+    down: Tensor = tensor("E Mv")
+    down_bias: Tensor = tensor("E")
+
+
+@state
+class TapMerger(State):
+    """The merger of a deepstack tap: as `Merger`, but it normalises the merged patches."""
+
+    norm: Tensor = tensor("Mv")
+    norm_bias: Tensor = tensor("Mv")
+    up: Tensor = tensor("Mv Mv")
+    up_bias: Tensor = tensor("Mv")
+    down: Tensor = tensor("E Mv")
+    down_bias: Tensor = tensor("E")
+
+
+@state
+class VisionWeights(State):
+    """The vision encoder. `patch` is the checkpoint's kernel summed over its frames: an image is one frame,
+    repeated, so both frames meet the same pixels."""
+
+    patch: Tensor = tensor("Ev U")
+    patch_bias: Tensor = tensor("Ev")
+    position: Tensor = tensor("W Ev")
+    blocks: tuple[Block, ...] = each(Block, "Lv")
+    merger: Merger
+    taps: tuple[TapMerger, ...] = each(TapMerger, "J")
+
+
+@state
+class Weights(State):
+    """All parameters of a model; `vision` is None where it has no encoder."""
+
+    text: TextWeights
+    vision: VisionWeights | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, a tied head counted once."""
+        return sum({t.data_ptr(): t.nbytes for t in leaves(self)}.values())
+
+
+def build(config: Config, make: Make) -> Weights:
+    """The parameter tree of `config` with every tensor made by `make(path, shape)`.
+
+    A path reads like `text.layers.3.qkv`. A tied head is not made: it is the embedding.
+    """
+    tied = config.text.tie_word_embeddings
+    text = _build(TextWeights, config.sizes, make, "text.", skip="head" if tied else None)
+    vision = _build(VisionWeights, config.sizes, make, "vision.") if config.vision else None
+    return Weights(text=text, vision=vision)
+
+
+def _build(cls: type[S], sizes: Mapping[str, int], make: Make, prefix: str, skip: str | None = None) -> S:
+    values: dict[str, Any] = {}
+    for f in attrs.fields(cls):
+        if f.name == skip:
+            continue
+        if "dims" in f.metadata:
+            values[f.name] = make(prefix + f.name, tuple(sizes[dim] for dim in f.metadata["dims"]))
+        elif "each" in f.metadata:
+            part, count = f.metadata["each"], sizes[f.metadata["count"]]
+            values[f.name] = [_build(part, sizes, make, f"{prefix}{f.name}.{i}.") for i in range(count)]
+        else:
+            values[f.name] = _build(Merger, sizes, make, f"{prefix}{f.name}.")
+    if skip == "head":
+        values["head"] = values["embed"]
+    return cls(**values)
+
+
+def random(config: Config, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype) -> Weights:
+    """Weights of the right shapes with no meaning: normal with deviation 0.02, norms around 1.
+
+    For tests and benchmarks, which then need no download. The same seed gives the same weights on one device.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def make(path: str, shape: tuple[int, ...]) -> Tensor:
+        noise = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        name = path.rpartition(".")[2]
+        is_scale = "norm" in name and not name.endswith("bias")
+        return noise.add_(1.0) if is_scale else noise
+
+    return build(config, make)
