@@ -90,7 +90,9 @@ def load(
     with ExitStack() as stack:
         parts = _open(Path(folder), stack)
         joined = _join(config, parts, Path(folder))
-        bar = stack.enter_context(tqdm(total=len(joined), desc="weights", disable=not progress if progress is not None else None))
+        bar = stack.enter_context(
+            tqdm(total=len(joined), desc="weights", disable=not progress if progress is not None else None)
+        )
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()

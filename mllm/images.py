@@ -155,3 +155,12 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(f"{width} x {height} is {width * height} pixels, more than {MAX_PIXELS}; scale it down first")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ImageError(f"{width} x {height} is longer than {MAX_RATIO}:1; crop it first")
+
+
+def coordinates(grid: tuple[int, int], config: ImageConfig) -> NDArray[np.int32]:
+    """Where each patch stands, in the order of `patches`: int32 [4, X] of row, column, rows, columns."""
+    rows, cols = grid
+    merge = config.merge
+    index = np.indices(grid, np.int32).reshape(2, rows // merge, merge, cols // merge, merge)
+    place = index.transpose(0, 1, 3, 2, 4).reshape(2, rows * cols)
+    return np.concatenate([place, np.broadcast_to(np.array([[rows], [cols]], np.int32), (2, rows * cols))])

@@ -76,6 +76,7 @@ class Expanded:
     delta: a token at index i >= n stands at position i + delta.
     grids: (rows, columns) of each image, in patches.
     starts: index of the first placeholder of each image.
+    counts: placeholders of each image.
     """
 
     tokens: NDArray[np.int32]
@@ -83,6 +84,7 @@ class Expanded:
     delta: int
     grids: tuple[tuple[int, int], ...]
     starts: tuple[int, ...]
+    counts: tuple[int, ...]
 
 
 def from_messages(
@@ -133,12 +135,13 @@ def expand(
         if prompt.images:
             raise PromptError(f"{len(prompt.images)} images for a model that reads only text")
         where, delta = positions(len(ids), (), ())
-        return Expanded(tokens=ids, positions=where, delta=delta, grids=(), starts=())
+        return Expanded(tokens=ids, positions=where, delta=delta, grids=(), starts=(), counts=())
     grids = tuple(grid(image.size, image_config) for image in prompt.images)
     sizes = [(rows // image_config.merge, cols // image_config.merge) for rows, cols in grids]
-    ids, starts = _place(ids, [rows * cols for rows, cols in sizes], image_token_id)
+    counts = [rows * cols for rows, cols in sizes]
+    ids, starts = _place(ids, counts, image_token_id)
     where, delta = positions(len(ids), starts, sizes)
-    return Expanded(tokens=ids, positions=where, delta=delta, grids=grids, starts=starts)
+    return Expanded(tokens=ids, positions=where, delta=delta, grids=grids, starts=starts, counts=tuple(counts))
 
 
 def _place(ids: NDArray[np.int32], counts: list[int], image: int) -> tuple[NDArray[np.int32], tuple[int, ...]]:

@@ -154,6 +154,11 @@ def donate(old: S, *, to: str) -> S:
     return new
 
 
+def is_donated(tree: State) -> bool:
+    """Whether a stage has consumed this object."""
+    return hasattr(tree, "_donated_to")
+
+
 def replace(old: S, **changes: Any) -> S:
     """`attrs.evolve` for a state that was just taken by `donate`: no shape check, no copy (4 us saved a call)."""
     new = object.__new__(type(old))
@@ -192,9 +197,9 @@ def map_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return tree
 
 
-def rebuild(tree: Tree, tensors: Iterator[Tensor]) -> Tree:
-    """The same tree with its tensors taken from `tensors` in field order."""
-    return map_leaves(lambda _: next(tensors), tree)
+def alias(tree: Tree) -> Tree:
+    """Another handle on the same tensors, for who runs a donating function on buffers of its own (`capture`)."""
+    return map_leaves(lambda t: t, tree)
 
 
 def clone(tree: Tree) -> Tree:

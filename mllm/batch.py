@@ -1,0 +1,152 @@
+"""What flows through the stages on the device: token batches, image patches, vision features, sampling settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mllm.cache import SINK
+from mllm.state import State, state, tensor
+from mllm.table import RequestTable
+
+
+@state
+class ForwardBatch(State):
+    """Tokens of some rows, ready to run: T tokens of B rows, ragged. In decode T == B and the batch is the carry
+    of the loop, which `advance` consumes and returns.
+
+    `tokens[t]` stands at M-RoPE `positions[:, t]` and its keys and values go to pool slot `slots[t]`. Row b has
+    tokens `q_indptr[b]` to `q_indptr[b + 1]`, which are the last of the `lengths[b]` tokens of its context (this
+    batch's included); `pages[b]` lists the pages of that context. Logits are wanted at batch positions `last`.
+    A padding row has length 0, the sink for a page, and a result that nobody reads.
+    """
+
+    tokens: Tensor = tensor("T", torch.int32)
+    positions: Tensor = tensor("3 T", torch.int32)
+    slots: Tensor = tensor("T", torch.int64)
+    pages: Tensor = tensor("B N", torch.int32)
+    lengths: Tensor = tensor("B", torch.int32)
+    q_indptr: Tensor = tensor("B+1", torch.int32)
+    last: Tensor = tensor("Q", torch.int64)
+
+
+@state
+class PatchBatch(State):
+    """Image patches as bytes (`images.patches`), ready for the encoder; all images of the batch in one row of X.
+
+    `coords` are, per patch, its row and column and the rows and columns of its image. Image i has patches
+    `indptr[i]` to `indptr[i + 1]`. Merged patch m replaces the token at batch position `at[m]`. A byte x stands
+    for the value `(x / 255 - mean) / std` of its channel.
+    """
+
+    patches: Tensor = tensor("X U", torch.uint8)
+    coords: Tensor = tensor("4 X", torch.int32)
+    indptr: Tensor = tensor("I+1", torch.int32)
+    at: Tensor = tensor("M", torch.int64)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@state
+class VisionTokens(State):
+    """What the decoder needs of images: `embed` replaces the embedding of the tokens at batch positions `at`, and
+    `deep[j]` is added there to the residual stream after decoder layer j (deepstack)."""
+
+    embed: Tensor = tensor("M E")
+    deep: Tensor = tensor("J M E")
+    at: Tensor = tensor("M", torch.int64)
+
+
+@state
+class SamplingBatch(State):
+    """Per row how the next token is drawn; see `mllm.sampling.Sampling` for the meaning of each.
+
+    `greedy` says, on the host, that every row takes the likeliest token: no noise, no sort, and another graph.
+    """
+
+    temperature: Tensor = tensor("B", torch.float32)
+    top_k: Tensor = tensor("B", torch.int32)
+    top_p: Tensor = tensor("B", torch.float32)
+    min_p: Tensor = tensor("B", torch.float32)
+    seed: Tensor = tensor("B", torch.int64)
+    greedy: bool
+
+
+@state
+class Chunk(State):
+    """Tokens of one row that are to run next: `tokens` at M-RoPE `positions`, after the row's committed length."""
+
+    row: int
+    tokens: Tensor = tensor("T", torch.int32)
+    positions: Tensor = tensor("3 T", torch.int32)
+
+
+def pack(
+    table: RequestTable, chunks: Sequence[Chunk], *, device: str | torch.device, every: bool = False
+) -> ForwardBatch:
+    """One ragged batch of chunks of different rows, in the given order.
+
+    Logits are wanted after the last token of each chunk, or after every token with `every`.
+    """
+    start = [int(table.length[c.row]) for c in chunks]
+    count = [len(c.tokens) for c in chunks]
+    listed = max(table.pages_for(s + n) for s, n in zip(start, count, strict=True))
+    pages = table.pages[[c.row for c in chunks], :listed]
+    slots = [slots_of(table, c.row, s, s + n) for c, s, n in zip(chunks, start, count, strict=True)]
+    ends = np.cumsum([0, *count])
+    last = torch.arange(ends[-1]) if every else torch.from_numpy(ends[1:] - 1)
+    return ForwardBatch(
+        tokens=torch.cat([c.tokens for c in chunks]).to(device),
+        positions=torch.cat([c.positions for c in chunks], dim=1).to(device),
+        slots=torch.cat(slots).to(device),
+        pages=pages.to(device),
+        lengths=torch.tensor([s + n for s, n in zip(start, count, strict=True)], dtype=torch.int32, device=device),
+        q_indptr=torch.from_numpy(ends.astype(np.int32)).to(device),
+        last=last.to(device),
+    )
+
+
+def slots_of(table: RequestTable, row: int, start: int, stop: int) -> Tensor:
+    """Pool slots of tokens [start, stop) of a row: int64 [stop - start], on the host."""
+    at = torch.arange(start, stop)
+    return table.pages[row].long()[at // table.page_size] * table.page_size + at % table.page_size
+
+
+def decode_batch(
+    table: RequestTable,
+    rows: Sequence[int],
+    tokens: Sequence[int],
+    delta: Sequence[int],
+    *,
+    size: int,
+    listed: int,
+    device: str | torch.device,
+) -> ForwardBatch:
+    """One token for each row, padded to `size` rows and `listed` pages a row: the carry of the decode loop.
+
+    `tokens[i]` is the newest token of `rows[i]`, whose keys and values are not in the pool yet; `delta[i]` is what
+    its M-RoPE position exceeds its index by (0 without images, negative after them).
+    """
+    pad = size - len(rows)
+    index = table.length[list(rows)]
+    pages = torch.full((size, listed), SINK, dtype=torch.int32)
+    pages[: len(rows)] = table.pages[list(rows), :listed]
+    at = index.long()
+    slots = pages[torch.arange(len(rows)), at // table.page_size].long() * table.page_size + at % table.page_size
+    position = index + torch.tensor(list(delta), dtype=torch.int32)
+    return ForwardBatch(
+        tokens=torch.tensor([*tokens, *[0] * pad], dtype=torch.int32, device=device),
+        positions=_padded(position, pad).expand(3, -1).contiguous().to(device),
+        slots=_padded(slots, pad).to(device),
+        pages=pages.to(device),
+        lengths=_padded(index + 1, pad).to(device),
+        q_indptr=torch.arange(size + 1, dtype=torch.int32, device=device),
+        last=torch.arange(size, device=device),
+    )
+
+
+def _padded(values: Tensor, count: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, count))

@@ -1,0 +1,60 @@
+"""The ops of a model as one record of callables: the stages say *what* runs, a table of ops says *how*.
+
+A table belongs to a device. Another table is `attrs.evolve(REFERENCE, norm_linear=...)`, which is also how a
+numeric difference is bisected. Only an op whose name ends in `_` writes to its arguments, and only to those named
+in its comment. Shapes are those of `mllm.state.LEGEND`; `x` is the residual stream [T E], in vision [X Ev].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from mllm.errors import MissingPackageError
+
+Plan = Any  # what a table computes once per forward pass and uses in every layer; its own business
+
+
+@attrs.frozen(kw_only=True)
+class Ops:
+    """How each op runs on one kind of device. `kernels/reference.py` defines what each computes."""
+
+    # decoder
+    embed: Callable[[Tensor, Tensor], Tensor]  # tokens [T], table [V E] -> [T E]
+    plan: Callable[..., Plan]  # batch, config -> rotary tables and what attention needs
+    norm_linear: Callable[..., Tensor]  # x, norm [E], weight [C E], eps -> [T C]
+    attend_: Callable[
+        ..., Tensor
+    ]  # qkv [T C], q_norm, k_norm, plan, keys, values [P S K D], eps -> [T A]; keys, values
+    linear_add: Callable[..., Tensor]  # y, weight, x -> x + y @ weight.T
+    norm_gate: Callable[..., Tensor]  # x, norm [E], weight [G E], eps -> silu(gate) * up [T F]
+    head: Callable[..., Tensor]  # x [Q E], norm, weight [V E], eps -> logits f32 [Q V]
+    # at the positions of image tokens
+    put_: Callable[..., Tensor]  # x, at [M], rows [M E] -> x; x
+    add_: Callable[..., Tensor]  # x, at [M], rows [M E] -> x; x
+    # after the decoder
+    sample: Callable[..., Tensor]  # logits [B V], sampling, lengths [B] -> tokens i32 [B], -1 where not finite
+    advance_: Callable[..., None]  # batch, tokens [B], page size; tokens, positions, slots, lengths of the batch
+    # vision encoder
+    patch_embed: Callable[..., Tensor]  # batch, weights, config -> [X Ev]
+    vision_plan: Callable[..., Plan]  # batch, config -> rotary tables and image bounds
+    layer_norm_linear: Callable[..., Tensor]  # x, norm, norm_bias, weight, bias -> [X ...]
+    attend_images: Callable[..., Tensor]  # qkv [X Cv], plan -> [X Ev]
+    linear_bias_add: Callable[..., Tensor]  # y, weight, bias, x -> x + y @ weight.T + bias
+    layer_norm_gelu: Callable[..., Tensor]  # x, norm, norm_bias, weight, bias -> gelu_tanh(...) [X Fv]
+    merge: Callable[..., Tensor]  # x [X Ev], Merger or TapMerger -> [M E]
+
+
+def ops_for(device: str | torch.device) -> Ops:
+    """The table of a device. Raises `MissingPackageError` for a kind that has none."""
+    from mllm.kernels.reference import REFERENCE
+
+    tables = {"cpu": REFERENCE, "cuda": REFERENCE}
+    kind = torch.device(device).type
+    if kind not in tables:
+        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for {', '.join(tables)}")
+    return tables[kind]

@@ -1,0 +1,138 @@
+"""A model that is ready to run, and how one is made: `load`, `dummy`, `prompt`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from mllm import checkpoint, families, prompts, weights
+from mllm.config import Config
+from mllm.errors import CheckpointError, ConfigError
+from mllm.image_config import ImageConfig
+from mllm.kernels.ops import Ops, ops_for
+from mllm.prompts import Prompt
+from mllm.tokenizer import Tokenizer
+from mllm.weights import Weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@frozen(eq=False, kw_only=True)
+class Model:
+    """Constants that the stages close over. `tokenizer` is None where the folder has none, `images` (how pictures
+    become patches) where the model reads only text."""
+
+    config: Config
+    weights: Weights
+    ops: Ops
+    tokenizer: Tokenizer | None = None
+    images: ImageConfig | None = None
+    name: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.text.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.text.embed.dtype
+
+    def __repr__(self) -> str:
+        gigabytes = self.weights.nbytes / 1e9
+        return f"Model({self.name!r}, {gigabytes:.2f} GB of {self.dtype} on {self.device})"
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    ignore_config: Collection[str] = (),
+    progress: bool | None = None,
+) -> Model:
+    """Load a local Hugging Face folder: `config.json`, safetensors (sharded or not), and a tokenizer if it has one.
+
+    `dtype` "auto" keeps what config.json or else the files say. `ignore_config` names keys of config.json to pass
+    over. Nothing is downloaded. Raises `ConfigError` and `CheckpointError` naming file and key or tensor.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
+    config = families.read(folder, ignore=ignore_config)
+    images = _image_config(ImageConfig.read(folder, ignore=ignore_config), config, str(folder))
+    kind = _dtype(config.dtype if dtype == "auto" else dtype)
+    return Model(
+        config=config,
+        weights=checkpoint.load(folder, config, device=_device(device), dtype=kind, progress=progress),
+        ops=ops_for(device),
+        tokenizer=Tokenizer.load(folder),
+        images=images,
+        name=folder.name,
+    )
+
+
+def dummy(
+    config: str | Config,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "bfloat16",
+    seed: int = 0,
+) -> Model:
+    """A model of the right shapes with random weights, for tests and benchmarks: no download, no tokenizer.
+
+    `config` is a `Config` or the name of a public model: qwen3-0.6b, -1.7b, -4b, -8b, qwen3-vl-2b, -4b, -8b.
+    """
+    name = config if isinstance(config, str) else "dummy"
+    parsed = families.preset(config) if isinstance(config, str) else config
+    kind = _dtype(parsed.dtype if dtype == "auto" else dtype) or torch.bfloat16
+    return Model(
+        config=parsed,
+        weights=weights.random(parsed, seed=seed, device=_device(device), dtype=kind),
+        ops=ops_for(device),
+        images=_image_config(None, parsed, name),
+        name=name,
+    )
+
+
+def prompt(model: Model, messages: Any) -> Prompt:
+    """Chat messages in the Hugging Face form to a prompt; images are PIL images. See `mllm.prompts.from_messages`."""
+    if model.tokenizer is None:
+        raise CheckpointError(f"{model.name} has no tokenizer; pass token ids instead: mllm.Prompt(tokens=[...])")
+    image_token = model.config.image_token_id if model.config.vision else None
+    return prompts.from_messages(messages, model.tokenizer, image_token, model.config.video_token_id)
+
+
+def _image_config(read: ImageConfig | None, config: Config, source: str) -> ImageConfig | None:
+    """How pictures become patches; the encoder and the preprocessing must agree on their size."""
+    vision = config.vision
+    if vision is None:
+        return None
+    sizes = {"patch": vision.patch_size, "merge": vision.spatial_merge_size, "temporal": vision.temporal_patch_size}
+    if read is None:
+        return ImageConfig(**sizes)
+    for name, expected in sizes.items():
+        if getattr(read, name) != expected:
+            raise ConfigError(
+                f"{source}: the image processor has {name} {getattr(read, name)}, config.json has {expected}"
+            )
+    return read
+
+
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or a torch dtype, got {name!r}")
+    return DTYPES[name]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    kind = torch.device(device)
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(kind)!r}: PyTorch sees no GPU here; torch.__version__ is {torch.__version__}")
+    return kind

@@ -1,0 +1,154 @@
+"""Requests: prompts laid out, checked against the limits before anything runs, and cut into chunks to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from mllm import images, prompts
+from mllm.batch import Chunk, PatchBatch, VisionTokens
+from mllm.errors import PromptError
+from mllm.model import Model
+from mllm.prompts import Expanded, Prompt
+from mllm.sampling import Sampling
+
+
+@frozen(eq=False, kw_only=True)
+class Request:
+    """One prompt on its way: what to run, how many tokens to make of it, and why it would end there.
+
+    `slots` counts the tokens whose keys and values it may come to hold: the last token made is never run.
+    """
+
+    index: int
+    prompt: Prompt
+    layout: Expanded
+    sampling: Sampling
+    new_tokens: int
+    limit_reason: str
+    slots: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, image tokens counted."""
+        return len(self.layout.tokens)
+
+    def cut_to(self, slots: int) -> Request:
+        """The same request where only `slots` tokens fit the KV pool, which is then why it ends."""
+        return evolve(self, slots=slots, new_tokens=slots - self.length + 1, limit_reason="capacity")
+
+
+def make(model: Model, prompt: Prompt, *, index: int, new_tokens: int, sampling: Sampling) -> Request:
+    """Lay one prompt out. Raises `PromptError` or `ImageError` for what can never run."""
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompts[{index}]: expected a mllm.Prompt, got {type(prompt).__name__}; see mllm.prompt")
+    config, context = model.config, model.config.text.max_position_embeddings
+    layout = prompts.expand(
+        prompt, model.images, config.image_token_id, config.text.vocab_size, video_token_id=config.video_token_id
+    )
+    length = len(layout.tokens)
+    if length > context:
+        raise PromptError(f"prompts[{index}]: {describe(layout)} exceed the model's context of {context} tokens")
+    new = min(new_tokens, context - length + 1)
+    return Request(
+        index=index, prompt=prompt, layout=layout, sampling=sampling, new_tokens=new, limit_reason="length",
+        slots=length + new - 1,
+    )  # fmt: skip
+
+
+def describe(layout: Expanded) -> str:
+    """How long a prompt is, in words: "1100 tokens (1024 of them image tokens)"."""
+    total, pictured = len(layout.tokens), sum(layout.counts)
+    return f"{total} tokens ({pictured} of them image tokens)" if pictured else f"{total} tokens"
+
+
+def image_indices(layout: Expanded) -> np.ndarray:
+    """Index of every image token of the prompt, in order."""
+    if not layout.starts:
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(s, s + n) for s, n in zip(layout.starts, layout.counts, strict=True)])
+
+
+def patch_batch(model: Model, request: Request) -> PatchBatch:
+    """The patches of all images of a request, on the model's device. Decodes the images; raises `ImageError`."""
+    config = model.images
+    if config is None:
+        raise PromptError("a model that reads only text has no patches")
+    parts = [images.patches(image, config) for image in request.prompt.images]
+    coords = [images.coordinates(grid, config) for grid in request.layout.grids]
+    bounds = np.cumsum([0, *[len(part) for part in parts]], dtype=np.int32)
+    device = model.device
+    return PatchBatch(
+        patches=torch.from_numpy(np.concatenate(parts)).to(device),
+        coords=torch.from_numpy(np.concatenate(coords, axis=1)).to(device),
+        indptr=torch.from_numpy(bounds).to(device),
+        at=torch.from_numpy(image_indices(request.layout)).to(device),
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+@frozen(eq=False, kw_only=True)
+class Segment:
+    """Tokens [start, stop) of a request, to run in row `row`."""
+
+    request: Request
+    row: int
+    start: int
+    stop: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the prompt ends with this segment, so that its last logits choose the first new token."""
+        return self.stop == self.request.length
+
+    def chunk(self) -> Chunk:
+        tokens, positions = self.request.layout.tokens, self.request.layout.positions
+        return Chunk(
+            row=self.row,
+            tokens=torch.from_numpy(tokens[self.start : self.stop]),
+            positions=torch.from_numpy(positions[:, self.start : self.stop]),
+        )
+
+
+def cut(requests: Sequence[tuple[Request, int]], *, limit: int) -> Iterator[list[Segment]]:
+    """Cut prompts of (request, row) into batches of at most `limit` tokens, in order; a long one takes several."""
+    batch: list[Segment] = []
+    room = limit
+    for request, row in requests:
+        start = 0
+        while start < request.length:
+            stop = min(start + room, request.length)
+            batch.append(Segment(request=request, row=row, start=start, stop=stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch
+
+
+def crop(features: dict[int, VisionTokens], segments: Sequence[Segment]) -> VisionTokens | None:
+    """The image tokens that fall into a batch of segments; `features` holds those of each request, by its index."""
+    embed: list[Tensor] = []
+    deep: list[Tensor] = []
+    at: list[np.ndarray] = []
+    offset = 0
+    for segment in segments:
+        index = image_indices(segment.request.layout)
+        first, last = np.searchsorted(index, (segment.start, segment.stop))
+        if first < last:
+            mine = features[segment.request.index]
+            embed.append(mine.embed[first:last])
+            deep.append(mine.deep[:, first:last])
+            at.append(index[first:last] - segment.start + offset)
+        offset += segment.stop - segment.start
+    if not embed:
+        return None
+    where = torch.from_numpy(np.concatenate(at)).to(embed[0].device)
+    return VisionTokens(embed=torch.cat(embed), deep=torch.cat(deep, dim=1), at=where)

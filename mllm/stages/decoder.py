@@ -1,0 +1,44 @@
+"""The decoder itself: layers over a ragged batch, whatever its rows are doing. `prefill` and `decode` are its uses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mllm.batch import ForwardBatch, VisionTokens
+from mllm.cache import KVPool
+from mllm.config import TextConfig
+from mllm.kernels.ops import Ops, Plan
+from mllm.weights import Layer, TextWeights
+
+
+def layer(x: Tensor, w: Layer, keys: Tensor, values: Tensor, plan: Plan, *, eps: float, ops: Ops) -> Tensor:
+    """One decoder layer on the residual stream x [T E]; writes `keys`, `values` [P S K D] at the batch's slots."""
+    qkv = ops.norm_linear(x, w.norm_in, w.qkv, eps=eps)
+    y = ops.attend_(qkv, w.q_norm, w.k_norm, plan, keys, values, eps=eps)
+    x = ops.linear_add(y, w.out, x)
+    g = ops.norm_gate(x, w.norm_mlp, w.gate_up, eps=eps)
+    return ops.linear_add(g, w.down, x)
+
+
+def forward(
+    weights: TextWeights,
+    pool: KVPool,
+    batch: ForwardBatch,
+    vision: VisionTokens | None,
+    *,
+    config: TextConfig,
+    ops: Ops,
+) -> Tensor:
+    """All layers: tokens to logits f32 [Q V] at the positions `batch.last`.
+
+    Writes the keys and values of the batch's tokens to their slots of `pool`; the stage that calls it has taken it.
+    """
+    plan = ops.plan(batch, config=config, page_size=pool.keys.shape[2], dtype=weights.embed.dtype)
+    x = ops.embed(batch.tokens, weights.embed)
+    if vision is not None:
+        x = ops.put_(x, vision.at, vision.embed)
+    for index, w in enumerate(weights.layers):
+        x = layer(x, w, pool.keys[index], pool.values[index], plan, eps=config.rms_norm_eps, ops=ops)
+        if vision is not None and index < len(vision.deep):
+            x = ops.add_(x, vision.at, vision.deep[index])
+    return ops.head(x.index_select(0, batch.last), weights.norm, weights.head, eps=config.rms_norm_eps)

@@ -1,0 +1,34 @@
+"""The vision encoder: image patches to features of the decoder's width, once per image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mllm.batch import PatchBatch, VisionTokens
+from mllm.config import VisionConfig
+from mllm.kernels.ops import Ops, Plan
+from mllm.weights import Block, VisionWeights
+
+
+def block(x: Tensor, w: Block, plan: Plan, *, ops: Ops) -> Tensor:
+    """One layer of the encoder on the residual stream x [X Ev]."""
+    qkv = ops.layer_norm_linear(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias)
+    x = ops.linear_bias_add(ops.attend_images(qkv, plan), w.out, w.out_bias, x)
+    g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
+    return ops.linear_bias_add(g, w.down, w.down_bias, x)
+
+
+def vit(weights: VisionWeights, patches: PatchBatch, *, config: VisionConfig, ops: Ops) -> VisionTokens:
+    """Features of all images of a batch: M = X / merge**2 tokens, and J deepstack features for each."""
+    plan = ops.vision_plan(patches, config=config)
+    x = ops.patch_embed(patches, weights, config=config)
+    taps: dict[int, Tensor] = {}
+    for index, w in enumerate(weights.blocks):
+        x = block(x, w, plan, ops=ops)
+        if index in config.deepstack_visual_indexes:
+            taps[index] = ops.merge(x, weights.taps[config.deepstack_visual_indexes.index(index)])
+    embed = ops.merge(x, weights.merger)
+    # in the order of the layers they were taken from, which is the order of the layers they go to
+    deep = torch.stack(list(taps.values())) if taps else embed.new_empty(0, *embed.shape)
+    return VisionTokens(embed=embed, deep=deep, at=patches.at)

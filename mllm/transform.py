@@ -1,0 +1,174 @@
+"""`capture`: a CUDA graph as a function transformation, as `jax.jit` is one to compiled code.
+
+    step = capture(partial(stages.step, weights, config=config, ops=ops), donate=("pool",), carry=("batch",))
+    pool, batch, tokens = step(pool, batch, sampling)         # recorded at the first call, replayed after it
+
+On a CPU the same rules hold, with the function run again in place of a replay, so every rule is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mllm.errors import CaptureError
+from mllm.state import State, Tree, alias, clone, donate, is_donated, leaves, map_leaves, signature
+
+Run = Callable[[], Tree]
+Recorder = Callable[[Run], tuple[Tree, Run]]
+"""Runs a function once, for its result, and records it: (that result, a replay that returns the outputs)."""
+
+_donate = donate  # `capture` has a parameter of that name
+
+
+def capture(
+    fn: Callable[..., Tree],
+    *,
+    donate: Sequence[str] = (),
+    carry: Sequence[str] = (),
+    limit: int = 32,
+    recorder: Recorder | None = None,
+) -> Callable[..., Tree]:
+    """Record `fn` once per signature (structure, shapes, dtypes, devices, plain values) and replay it after that.
+
+    Arguments named in `donate` and `carry` are states that `fn` takes and hands back, updated in place:
+
+    * a donated one (the KV pool) stays where it lies, and the recording works with no other;
+    * a carried one (the decode batch) lives in the recording's buffers. The one that the last call returned is
+      already there; any other is copied in, and the one that was there, if somebody still holds it, is dead.
+
+    Every other argument is copied into the recording's buffers; a state object that comes again is not copied
+    again, since nothing may have changed it. New results are copied out, so what a call returned is not touched
+    by the next one.
+
+    Raises `CaptureError`, before it takes anything: for a donated argument that lies elsewhere than at the
+    recording, for a signature beyond `limit`, and when `fn` does not hand back what it takes.
+    """
+    parameters = inspect.signature(fn)
+    name = getattr(fn, "func", fn).__name__
+    recordings: dict[Any, _Recording] = {}
+
+    def captured(*args: Any, **kwargs: Any) -> Tree:
+        bound = parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        key = tuple((argument, signature(value)) for argument, value in given.items())
+        recording = recordings.get(key)
+        if recording is not None:
+            return recording.call(given)
+        if len(recordings) >= limit:
+            raise CaptureError(_beyond_limit(name, limit, key, list(recordings)))
+        recording = _Recording(name, tuple(donate), tuple(carry))
+        out = recording.record(fn, given, recorder or _recorder_for(given))
+        recordings[key] = recording
+        return out
+
+    functools.update_wrapper(captured, getattr(fn, "func", fn))
+    captured.recordings = recordings  # type: ignore[attr-defined]
+    return captured
+
+
+class _Recording:
+    """One signature of one captured function: its buffers, and what lies in them."""
+
+    def __init__(self, name: str, donated: tuple[str, ...], carried: tuple[str, ...]) -> None:
+        self.name, self.donated, self.carried = name, donated, carried
+
+    def record(self, fn: Callable[..., Tree], given: dict[str, Any], recorder: Recorder) -> Tree:
+        """The first call: run for real, keep the recording, take the arguments."""
+        self.buffers = {k: v if k in self.donated else clone(v) for k, v in given.items()}
+        self.buffers = {k: alias(v) for k, v in self.buffers.items()}  # donating `given` must not empty them
+        first, self.replay = recorder(lambda: fn(**{k: alias(v) for k, v in self.buffers.items()}))
+        self.held = {id(t): k for k in (*self.donated, *self.carried) for t in leaves(self.buffers[k])}
+        came_back = {self.held[id(t)] for t in leaves(first) if id(t) in self.held}
+        if lost := sorted({*self.donated, *self.carried} - came_back):
+            raise CaptureError(
+                f"{self.name} does not hand back {lost}, which capture was told that it takes; it hands back "
+                f"{sorted(came_back) or 'none of its arguments'}"
+            )
+        self.present = dict(given)
+        self._take(given)
+        return self._note(first)
+
+    def call(self, given: dict[str, Any]) -> Tree:
+        """A later call: bring the arguments into place, replay, take them, copy the new results out."""
+        for argument in self.donated:
+            self._check_in_place(argument, given[argument])
+        for argument, value in given.items():
+            if argument not in self.donated:
+                self._bring(argument, value)
+        self._take(given)
+        return self._note(map_leaves(lambda t: t if id(t) in self.held else t.clone(), self.replay()))
+
+    def _check_in_place(self, argument: str, value: Tree) -> None:
+        for index, (old, new) in enumerate(zip(leaves(self.buffers[argument]), leaves(value), strict=True)):
+            if old.data_ptr() != new.data_ptr():
+                raise CaptureError(
+                    f"{self.name} was captured with another {argument}: tensor {index} of this one lies elsewhere. "
+                    f"A recording belongs to one {argument}; capture again for this one"
+                )
+
+    def _bring(self, argument: str, value: Tree) -> None:
+        """Copy an argument into the recording's buffers, unless it lies there already."""
+        present = self.present[argument]
+        if value is present and isinstance(value, State):
+            return
+        if argument in self.carried and not is_donated(present):
+            _donate(present, to=f"a call of the captured {self.name} with another {argument}")
+        for buffer, source in zip(leaves(self.buffers[argument]), leaves(value), strict=True):
+            buffer.copy_(source, non_blocking=True)
+        self.present[argument] = value
+
+    def _take(self, given: dict[str, Any]) -> None:
+        for argument in (*self.donated, *self.carried):
+            _donate(given[argument], to=f"captured {self.name}")
+
+    def _note(self, out: Tree) -> Tree:
+        """Note which returned object lies in the buffers of each carried argument, so that it is known again."""
+        for part in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(part, State) and (tensors := leaves(part)):
+                argument = self.held.get(id(tensors[0]))
+                if argument in self.carried:
+                    self.present[argument] = part
+        return out
+
+
+def _beyond_limit(name: str, limit: int, key: tuple[Any, ...], recorded: list[tuple[Any, ...]]) -> str:
+    closest = min(recorded, key=lambda other: sum(a != b for a, b in zip(key, other, strict=True)))
+    changed = [a[0] for a, b in zip(key, closest, strict=True) if a != b]
+    return (
+        f"{name} has {limit} recordings, its limit, and this call would need another: {', '.join(changed)} differs "
+        "from each. Pad to a recorded size, or raise the limit"
+    )
+
+
+def eager_recorder(run: Run) -> tuple[Tree, Run]:
+    """For devices without graphs: a replay runs the function again."""
+    return run(), run
+
+
+def cuda_recorder(run: Run) -> tuple[Tree, Run]:
+    """Run once on a side stream (kernels compile, workspaces are allocated), then record."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        first = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> Tree:
+        graph.replay()
+        return out
+
+    return first, replay
+
+
+def _recorder_for(given: dict[str, Any]) -> Recorder:
+    devices = {t.device.type for t in leaves(tuple(given.values()))}
+    return cuda_recorder if "cuda" in devices else eager_recorder
