@@ -1,0 +1,129 @@
+"""A forward pass over packed batches (see `mllm.signs.data`), with the modules and weights of transformers' model.
+
+transformers' own forward pass pads prompts and attends picture by picture; this one computes the same function, which
+`tests/test_signs_train.py` checks, without either. The ablations of the model card are switches here, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from mllm.signs.data import Batch
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch can still train on a CPU
+    varlen_attn = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *, causal: bool) -> Tensor:
+    """Attention within each segment; [tokens, heads, head size]."""
+    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+        if "window_size" in inspect.signature(varlen_attn).parameters:
+            kind: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+        else:
+            kind = {"is_causal": causal}
+        return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), starts, starts, longest, longest, **kind)
+    sizes = starts.diff().tolist()
+    parts = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part, is_causal=causal) for part in parts], 1).transpose(0, 1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    one, two = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat((-two, one), -1) * sin).to(x.dtype)
+
+
+def encode(model: Qwen3VLForConditionalGeneration, batch: Batch, noise: float = 0.0) -> list[Tensor]:
+    """Features of all pictures, one row a merged token: the encoder's, then those of each deepstack tap."""
+    visual, config = model.model.visual, model.config.vision_config
+    if not len(batch["patches"]):
+        return [batch["patches"].new_zeros(0, config.out_hidden_size, dtype=torch.float32)]
+    pixels = batch["patches"].float() / 127.5 - 1
+    if noise:
+        pixels = (pixels + noise * torch.randn_like(pixels)).clamp(-1, 1)
+    # Both frames of the temporal patch are the same picture, so their weights add up
+    proj = visual.patch_embed.proj
+    hidden = F.linear(pixels, proj.weight.sum(2).flatten(1), proj.bias).float()
+    row, column, rows, columns = batch["places"].float().unbind(1)
+    hidden = hidden + _position_grid(visual.pos_embed.weight, row / (rows - 1), column / (columns - 1))
+    size = config.hidden_size // config.num_heads
+    step = 1.0 / 10_000 ** (torch.arange(0, size // 2, 2, device=row.device) / (size // 2))
+    angles = torch.cat([row[:, None] * step, column[:, None] * step], 1).repeat(1, 2)[:, None]
+    cos, sin, longest = angles.cos(), angles.sin(), int(batch["longest"][0])
+    taps = []
+    for number, block in enumerate(visual.blocks):
+        q, k, v = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, config.num_heads, size)).unbind(1)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, batch["vision_starts"], longest, causal=False)
+        hidden = hidden + block.attn.proj(mixed.flatten(1))
+        hidden = hidden + block.mlp(block.norm2(hidden))
+        if number in config.deepstack_visual_indexes:
+            taps.append(visual.deepstack_merger_list[list(config.deepstack_visual_indexes).index(number)](hidden))
+    return [visual.merger(hidden), *taps]
+
+
+def _position_grid(table: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """The square table of position embeddings at shares 0 to 1 of its sides, bilinear between its entries."""
+    entries = torch.arange(int(len(table) ** 0.5), device=table.device)
+    down, across = ((1 - (x[:, None] * (len(entries) - 1) - entries).abs()).clamp(min=0) for x in (down, across))
+    return (down[:, :, None] * across[:, None, :]).flatten(1) @ table
+
+
+def decode(model: Qwen3VLForConditionalGeneration, batch: Batch, features: list[Tensor], *, taps: bool = True,
+           flat: bool = False) -> Tensor:  # fmt: skip
+    """Logits for the answers' tokens. Ablations: without deepstack `taps`; with `flat`, one-dimensional positions."""
+    text, config = model.model.language_model, model.config.text_config
+    hidden, at, row = text.embed_tokens(batch["ids"]), batch["shown_at"], batch["shown_row"]
+    hidden = hidden.index_fill(0, at, 0).index_add(0, at, features[0].index_select(0, row).float())
+    positions = batch["positions"]
+    if flat:
+        starts = batch["starts"]
+        first = torch.repeat_interleave(starts[:-1], starts.diff())
+        positions = (torch.arange(len(first), device=first.device) - first).expand(3, -1)
+    cos, sin = _mrope(config, positions.float())
+    heads, size = (config.num_attention_heads, config.num_key_value_heads), config.head_dim
+    longest = int(batch["longest"][1])
+    for number, layer in enumerate(text.layers):
+        x, own = layer.input_layernorm(hidden), layer.self_attn
+        q = rotate(own.q_norm(own.q_proj(x).unflatten(-1, (-1, size))), cos, sin)
+        k = rotate(own.k_norm(own.k_proj(x).unflatten(-1, (-1, size))), cos, sin)
+        v = own.v_proj(x).unflatten(-1, (-1, size))
+        k, v = (part.to(v.dtype).repeat_interleave(heads[0] // heads[1], 1) for part in (k, v))
+        mixed = attend(q.to(v.dtype), k, v, batch["starts"], longest, causal=True)
+        hidden = hidden + own.o_proj(mixed.flatten(1))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        if taps and number + 1 < len(features):
+            hidden = hidden.index_add(0, at, features[number + 1].index_select(0, row).float())
+    return model.lm_head(text.norm(hidden[batch["at"]]))
+
+
+def _mrope(config: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of interleaved M-RoPE, [tokens, 1, head size], from positions [3, tokens]."""
+    rope, size = config.rope_parameters, config.head_dim
+    step = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, device=positions.device) / size)
+    axis = torch.zeros(size // 2, dtype=torch.long)
+    for number in (1, 2):
+        axis[number : rope["mrope_section"][number] * 3 : 3] = number
+    angles = positions.T[:, axis.to(positions.device)] * step
+    angles = angles.repeat(1, 2)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def right_answers(model: Qwen3VLForConditionalGeneration, batch: Batch, **ablation: bool) -> Tensor:
+    """For each prompt, whether every token of its answer is the likeliest one.
+
+    That is the case exactly if greedy decoding gives the answer.
+    """
+    with torch.no_grad():
+        logits = decode(model, batch, encode(model, batch), **ablation)
+    wrong = logits.argmax(-1) != batch["labels"]
+    mistakes = torch.zeros(len(batch["starts"]) - 1, device=logits.device)
+    return mistakes.index_add(0, batch["owner"], wrong.float()) == 0
+
+

@@ -1,0 +1,375 @@
+"""Drawn pictures with questions whose answers are known: what the model "signs" is trained, tested and shown on.
+
+`example(kind, seed)` is a pure function: the same picture, question and answer on every machine. Kinds:
+
+* `shapes`: describe the coloured shapes and their places, in reading order
+* `text`: what does the sign say, up to 12 characters
+* `count`: how many of a thing, 0 to 9
+* `place`: what is left of, right of, above or below a shape
+* `where`: where is a shape, or what is at a place
+* `change`: two pictures; what changed from the first to the second
+* `chat`: text alone
+
+Training uses seeds below `HELD_OUT`; `held_out(kind, index)` uses those from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+from PIL import Image
+
+from mllm.signs import words
+from mllm.signs.scenes import COLOURS, PLACES, SHAPES, Colour, Scene, Shape, Sign, grid, render, room, text_size
+
+KINDS = ("shapes", "text", "count", "place", "where", "change", "chat")
+HELD_OUT = 1 << 40
+SMALLEST, LARGEST = 64, 512  # of a picture's sides
+LONGEST_TEXT = 12
+
+Rng = np.random.Generator
+
+
+@frozen
+class Example:
+    """One question about `images` (none, one or two), and its only right answer."""
+
+    kind: str
+    images: tuple[Image.Image, ...]
+    question: str
+    answer: str
+
+
+def example(kind: str, seed: int) -> Example:
+    """The example that `seed` stands for. Seeds from `HELD_OUT` on are never trained on."""
+    return examples(kind, seed)[0]
+
+
+def held_out(kind: str, index: int) -> Example:
+    """The held-out example number `index`."""
+    return example(kind, HELD_OUT + index)
+
+
+def examples(kind: str, seed: int, more: int = 0) -> list[Example]:
+    """`example(kind, seed)`, and up to `more` further ones, of any kind, that share its pictures."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    # The further questions have a generator of their own, so that the first example never depends on `more`
+    key = [KINDS.index(kind), seed]
+    return _MAKERS[kind](np.random.default_rng([*key, 0]), np.random.default_rng([*key, 1]), more)
+
+
+def messages(item: Example) -> list[dict[str, Any]]:
+    """The question as Hugging Face chat messages, pictures first."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in item.images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": item.question}]}]
+
+
+# Questions about one picture of shapes ------------------------------------------------------------------------------
+
+
+def a(thing: str) -> str:
+    """'a red circle', 'an orange star'."""
+    return f"an {thing}" if thing[0] in "aeiou" else f"a {thing}"
+
+
+def plural(name: str) -> str:
+    return f"{name}es" if name.endswith("s") else f"{name}s"
+
+
+def place_name(cell: tuple[int, int]) -> str:
+    return PLACES[cell[0]][cell[1]]
+
+
+def at_place(cell: tuple[int, int]) -> str:
+    """'at the top left', 'on the right', 'in the centre'."""
+    name = place_name(cell)
+    return f"{'in' if name == 'centre' else 'on' if name in ('left', 'right') else 'at'} the {name}"
+
+
+def _pick(rng: Rng, choices: Any) -> Any:
+    """One of a sequence, as it is in the sequence (numpy's own choice would make an array of it)."""
+    return choices[int(rng.integers(len(choices)))]
+
+
+def describe(scene: Scene) -> str:
+    """The right answer to 'Describe the shapes.'"""
+    ordered = sorted(scene.shapes, key=lambda shape: shape.cell)
+    return ", ".join(f"{a(shape.words)} {at_place(shape.cell)}" for shape in ordered) or "nothing"
+
+
+def _ask_shapes(rng: Rng, scene: Scene) -> tuple[str, str]:
+    return _pick(rng, words.ASK_SHAPES), describe(scene)
+
+
+def _ask_count(rng: Rng, scene: Scene) -> tuple[str, str]:
+    """Mostly about things that are there; a tenth or so about colours and shapes drawn at random."""
+    if scene.shapes and rng.random() < 0.9:
+        shape = _pick(rng, scene.shapes)
+        name, colour = shape.name, shape.colour
+        if rng.random() < 0.15:
+            name = _pick(rng, SHAPES)
+    else:
+        name, colour = _pick(rng, SHAPES), _pick(rng, tuple(COLOURS))
+    form = rng.random()
+    if form < 0.2:
+        things, count = "shapes", len(scene.shapes)
+    elif form < 0.5:
+        things, count = plural(name), sum(s.name == name for s in scene.shapes)
+    elif form < 0.75:
+        things, count = f"{colour} shapes", sum(s.colour == colour for s in scene.shapes)
+    else:
+        things, count = f"{colour} {plural(name)}", sum((s.name, s.colour) == (name, colour) for s in scene.shapes)
+    return _pick(rng, words.ASK_COUNT).format(things), str(count)
+
+
+DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+
+
+def neighbour(scene: Scene, shape: Shape, direction: str) -> str | None:
+    """What is on that side of the shape: the nearest in its row or column; 'nothing' if that whole side is empty.
+
+    None where a person could disagree: nothing straight on, but something askew.
+    """
+    down, right = DIRECTIONS[direction]
+    found, askew = [], False
+    for other in scene.shapes:
+        dy, dx = other.cell[0] - shape.cell[0], other.cell[1] - shape.cell[1]
+        ahead, aside = (dx * right, dy) if right else (dy * down, dx)
+        if ahead > 0 and aside == 0:
+            found.append((ahead, other))
+        askew = askew or ahead > 0
+    if found:
+        return a(min(found, key=lambda pair: pair[0])[1].words)
+    return None if askew else "nothing"
+
+
+def _ask_place(rng: Rng, scene: Scene) -> tuple[str, str] | None:
+    """None if the scene allows no such question, or only ones whose answer is 'nothing' and the die is against it."""
+    asked = [(s, d, neighbour(scene, s, d)) for s in scene.shapes for d in DIRECTIONS]
+    something = [item for item in asked if item[2] not in (None, "nothing")]
+    nothing = [item for item in asked if item[2] == "nothing"]
+    chosen = nothing if rng.random() < 0.12 else something
+    if not chosen:
+        return None
+    shape, direction, answer = _pick(rng, chosen)
+    to = "to the " if direction in ("left of", "right of") and rng.random() < 0.3 else ""
+    return f"What is {to}{direction} the {shape.words}?", str(answer)
+
+
+def _ask_where(rng: Rng, scene: Scene) -> tuple[str, str]:
+    if scene.shapes and rng.random() < 0.5:
+        shape = _pick(rng, scene.shapes)
+        return f"Where is the {shape.words}?", at_place(shape.cell)
+    rows, columns = grid(scene.size)
+    cell = (_pick(rng, rows), _pick(rng, columns))
+    if scene.shapes and rng.random() < 0.7:
+        cell = _pick(rng, scene.shapes).cell
+    there = [shape for shape in scene.shapes if shape.cell == cell]
+    return f"What is {at_place(cell)}?", a(there[0].words) if there else "nothing"
+
+
+# Scenes ----------------------------------------------------------------------------------------------------------------
+
+
+def _side(rng: Rng, low: float, high: float, lean: float = 1.0) -> int:
+    """A length between the two, even on a log scale; a `lean` above 1 makes short ones likelier."""
+    return round(low * (max(low, high) / low) ** (rng.random() ** lean))
+
+
+def _size(rng: Rng) -> tuple[int, int]:
+    """Width and height of a picture, at most four to one."""
+    width = _side(rng, SMALLEST, LARGEST)
+    height = _side(rng, max(SMALLEST, width / 4), min(LARGEST, width * 4))
+    return width, height
+
+
+def _ground(rng: Rng) -> dict[str, Any]:
+    """A calm ground, light or dark: two colours, the direction between them, and noise."""
+    level = rng.uniform(150, 245) if rng.random() < 0.65 else rng.uniform(15, 80)
+    first = level + rng.uniform(-18, 18, 3)
+    second = first + rng.uniform(-45, 45) + rng.uniform(-15, 15, 3)
+    colours = tuple(tuple(int(v) for v in np.clip(c, 5, 250)) for c in (first, second))
+    noise = int(rng.integers(0, 32)) if rng.random() < 0.8 else 0
+    return {"ground": colours, "slope": float(rng.uniform(0, 360)), "noise": noise, "seed": int(rng.integers(1 << 31))}
+
+
+def _distance(one: Colour, other: Colour) -> float:
+    return float(np.linalg.norm(np.subtract(one, other)))
+
+
+def _usable(ground: tuple[Colour, Colour]) -> list[str]:
+    """The colours that stand out against both ends of the ground."""
+    return [n for n, c in COLOURS.items() if min(_distance(c, ground[0]), _distance(c, ground[1])) > 95]
+
+
+def _shape(rng: Rng, name: str, colour: str, cell: tuple[int, int], size: tuple[int, int]) -> Shape:
+    smallest = min(0.8, max(0.5, 22 / room(size)))
+    return Shape(
+        name, colour, cell, size=float(rng.uniform(smallest, 0.85)), angle=float(rng.uniform(-9, 9)),
+        shift=(float(rng.uniform(-0.07, 0.07)), float(rng.uniform(-0.07, 0.07))),
+        tint=tuple(int(v) for v in rng.integers(-8, 9, 3)),
+    )  # fmt: skip
+
+
+def _scene(rng: Rng, least: int, most: int, *, repeat: bool = False) -> Scene:
+    """A scene of `least` to `most` shapes, as far as there is room; all different unless `repeat`."""
+    size, ground = _size(rng), _ground(rng)
+    rows, columns = grid(size)
+    cells = [(row, column) for row in rows for column in columns]
+    count = min(len(cells), int(rng.integers(least, most + 1)))
+    names, colours = list(SHAPES), _usable(ground["ground"])
+    if repeat:
+        names = [_pick(rng, names) for _ in range(int(rng.integers(1, 4)))]
+        colours = [_pick(rng, colours) for _ in range(int(rng.integers(1, 4)))]
+    kinds = [(name, colour) for name in names for colour in colours]
+    picked = rng.choice(len(kinds), count, replace=repeat)
+    where = rng.choice(len(cells), count, replace=False)
+    shapes = [_shape(rng, *kinds[int(k)], cells[int(c)], size) for k, c in zip(picked, where, strict=True)]
+    return Scene(size=size, shapes=shapes, **ground)
+
+
+def _sign_text(rng: Rng, longest: int = LONGEST_TEXT) -> str:
+    """A word or two, a number, or letters at random; never one that reads two ways."""
+    while True:
+        text = words.sign_text(rng, longest)
+        if 1 <= len(text) <= longest and not words.ambiguous(text):
+            return text
+
+
+def _sign_scene(rng: Rng, *texts: str) -> list[Scene]:
+    """The same scene with each of the texts on its sign; font, place and picture have room for all."""
+    ground = _ground(rng)
+    dark = float(np.mean(ground["ground"])) < 115
+    angle = 0.0 if rng.random() < 0.25 else float(rng.uniform(-10, 10))
+    largest = 96
+    while any(max(text_size(text, largest, angle)) > LARGEST - 16 for text in texts):
+        largest -= 2
+    font = _side(rng, 22, largest, lean=1.3)
+    boxes = [text_size(text, font, angle) for text in texts]
+    box = max(b[0] for b in boxes), max(b[1] for b in boxes)
+    width = _side(rng, max(SMALLEST, box[0] + 4, box[1] / 4 + 1), LARGEST, lean=1.5)
+    height = _side(rng, max(SMALLEST, box[1] + 4, width / 4), min(LARGEST, width * 4), lean=2.0)
+    at = tuple(0.5 + float(rng.uniform(-0.5, 0.5)) * (side - b) / side for side, b in zip((width, height), box, strict=True))
+    plate, ink = None, words.ink(rng, dark)
+    if rng.random() < 0.5:
+        dark = bool(rng.random() < 0.5)
+        plate, ink = words.ink(rng, not dark), words.ink(rng, dark)
+    return [Scene((width, height), sign=Sign(t, font, ink, plate, angle, at), **ground) for t in texts]
+
+
+# The makers: one per kind; the first example comes from `rng` alone, the further ones from `extra` --------------------
+
+Maker = Callable[[Rng, Rng, int], list[Example]]
+_ASK: dict[str, Callable[[Rng, Scene], tuple[str, str] | None]] = {
+    "shapes": _ask_shapes, "count": _ask_count, "place": _ask_place, "where": _ask_where
+}  # fmt: skip
+
+
+def _scene_maker(kind: str, least: int, most: int, repeat: float = 0.0) -> Maker:
+    """A maker for one question about shapes; the further ones ask anything that the scene allows."""
+
+    def make(rng: Rng, extra: Rng, more: int) -> list[Example]:
+        asked = None
+        while asked is None:
+            scene = _scene(rng, least, most, repeat=bool(rng.random() < repeat))
+            asked = _ASK[kind](rng, scene)
+        images = (render(scene),)
+        different = len({shape.words for shape in scene.shapes}) == len(scene.shapes)
+        others = [k for k in _ASK if (different or k == "count") and (k != "shapes" or 0 < len(scene.shapes) <= 6)]
+        items = [Example(kind, images, *asked)]
+        for _ in range(more):
+            other = _pick(extra, others)
+            if (further := _ASK[other](extra, scene)) is not None:
+                items.append(Example(other, images, *further))
+        if more and extra.random() < 0.05:
+            items[-1] = Example("text", images, _pick(extra, words.ASK_TEXT), "There is no sign.")
+        return items
+
+    return make
+
+
+def _text_maker(rng: Rng, extra: Rng, more: int) -> list[Example]:
+    (scene,) = _sign_scene(rng, _sign_text(rng))
+    assert scene.sign is not None  # noqa: S101  by construction
+    return [Example("text", (render(scene),), _pick(rng, words.ASK_TEXT), scene.sign.text)]
+
+
+def _change_maker(rng: Rng, extra: Rng, more: int) -> list[Example]:
+    """The further examples show the pictures the other way round."""
+    if rng.random() < 0.2:
+        one, two = _sign_text(rng, 8), _sign_text(rng, 8)
+        first, second = _sign_scene(rng, one, two)
+    else:
+        first = _scene(rng, 1, 5)
+        second = _changed(rng, first)
+    second = evolve(second, noise=int(rng.integers(0, 32)), seed=int(rng.integers(1 << 31)))
+    images = render(first), render(second)
+    question = _pick(rng, words.ASK_CHANGE)
+    items = [Example("change", images, question, change(first, second))]
+    if more:
+        items.append(Example("change", images[::-1], question, change(second, first)))
+    return items
+
+
+def _changed(rng: Rng, scene: Scene) -> Scene:
+    """The scene with one thing changed; one in fifteen or so stays as it is."""
+    rows, columns = grid(scene.size)
+    taken = {shape.cell for shape in scene.shapes}
+    free = [(r, c) for r in rows for c in columns if (r, c) not in taken]
+    index = int(rng.integers(len(scene.shapes)))
+    shape, rest = scene.shapes[index], scene.shapes[:index] + scene.shapes[index + 1 :]
+    present = {s.words for s in scene.shapes}
+    kinds = [(n, c) for n in SHAPES for c in _usable(scene.ground) if f"{c} {n}" not in present]
+    how = _pick(rng, ("colour", "name", "vanish", "appear", "appear", "move", "move", "colour", "name", "vanish", "none"))
+    if how in ("appear", "move") and not free:
+        how = "colour"
+    if how == "none":
+        return scene
+    if how == "vanish":
+        return evolve(scene, shapes=rest)
+    if how == "appear":
+        return evolve(scene, shapes=(*scene.shapes, _shape(rng, *_pick(rng, kinds), _pick(rng, free), scene.size)))
+    if how == "move":
+        return evolve(scene, shapes=(*rest, evolve(shape, cell=_pick(rng, free))))
+    same = {"colour": lambda kind: kind[0] == shape.name, "name": lambda kind: kind[1] == shape.colour}[how]
+    name, colour = _pick(rng, [kind for kind in kinds if same(kind)])
+    return evolve(scene, shapes=(*rest, evolve(shape, name=name, colour=colour)))
+
+
+def change(first: Scene, second: Scene) -> str:
+    """The right answer to 'What changed?'"""
+    if first.sign is not None and second.sign is not None and first.sign.text != second.sign.text:
+        return f'the sign changed from "{first.sign.text}" to "{second.sign.text}"'
+    before, after = ({(s.name, s.colour, s.cell) for s in scene.shapes} for scene in (first, second))
+    gone, new = sorted(before - after), sorted(after - before)
+    if not gone and not new:
+        return "nothing changed"
+    if not gone:
+        name, colour, cell = new[0]
+        return f"{a(f'{colour} {name}')} appeared {at_place(cell)}"
+    name, colour, cell = gone[0]
+    if not new:
+        return f"the {colour} {name} {at_place(cell)} disappeared"
+    new_name, new_colour, new_cell = new[0]
+    if new_cell != cell:
+        return f"the {colour} {name} moved from the {place_name(cell)} to the {place_name(new_cell)}"
+    return f"the {colour} {name} " + (f"turned {new_colour}" if new_name == name else f"became {a(new_name)}")
+
+
+def _chat_maker(rng: Rng, extra: Rng, more: int) -> list[Example]:
+    return [Example("chat", (), *words.chat(r)) for r in (rng, *[extra] * more)]
+
+
+_MAKERS: dict[str, Maker] = {
+    "shapes": _scene_maker("shapes", 1, 6),
+    "text": _text_maker,
+    "count": _scene_maker("count", 0, 9, repeat=0.75),
+    "place": _scene_maker("place", 2, 7),
+    "where": _scene_maker("where", 1, 7),
+    "change": _change_maker,
+    "chat": _chat_maker,
+}
