@@ -141,14 +141,18 @@ class Tokenizer:
 
 def _read_fast(path: Path) -> "FastTokenizer":
     from tokenizers import Tokenizer as FastTokenizer
-    from tokenizers.decoders import ByteLevel
 
+    content = read_object(path)
+    model, decoder = content.get("model"), content.get("decoder")
+    if not isinstance(model, dict) or not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        raise CheckpointError(f"{path}: expected a byte-level BPE, got the decoder {decoder!r}")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):  # never in byte-level BPE, and the library cuts merges there without looking: an abort
+            raise CheckpointError(f"{path}: {key} must be empty in byte-level BPE, got {model[key]!r}")
     try:
         fast = FastTokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    if not isinstance(fast.decoder, ByteLevel):
-        raise CheckpointError(f"{path}: expected a ByteLevel decoder (byte-level BPE), got {fast.decoder}")
     fast.no_truncation()
     fast.no_padding()
     return fast

@@ -196,6 +196,16 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_a_file_that_would_abort_the_library_is_refused_before_it_is_read(tmp_path: Path, key: str) -> None:
+    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"][key] = "("  # merges are cut at its length, in the middle of a letter
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"{key} must be empty"):
+        Tokenizer.load(tmp_path)
+
+
 def test_tokens_that_only_the_config_lists_are_added_with_their_ids(tmp_path: Path, ours: Tokenizer) -> None:
     write_tokenizer(tmp_path)
     size = ours.fast.get_vocab_size()
