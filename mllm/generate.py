@@ -1,6 +1,6 @@
 """The loop over the stages: prompts in, tokens and text out. Start reading here.
 
-    admit -> (vit -> prefill) in chunks -> sample -> [decode -> sample -> advance] ... -> commit -> release
+    admit -> vit -> prefill -> sample -> [decode -> sample -> advance] ... -> commit -> release
 
 Rows are admitted as they come free, and the tokens of a request do not depend on who shares its batch.
 """
@@ -11,20 +11,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
 from tqdm import tqdm
 
-from mllm import requests, stages
-from mllm.batch import VisionTokens, decode_batch, pack
+from mllm import memory, requests, stages
+from mllm.batch import ForwardBatch, SamplingBatch, VisionTokens, decode_batch, pack
 from mllm.cache import KVPool
-from mllm.errors import ImageError, PromptError
+from mllm.errors import ImageError
 from mllm.model import Model
 from mllm.prompts import Prompt
-from mllm.requests import Request
+from mllm.requests import Request, Segment
 from mllm.sampling import Sampling, sampling_batch
 from mllm.table import RequestTable
 from mllm.tokenizer import TextStream
@@ -32,9 +31,11 @@ from mllm.transform import capture
 
 PREFILL_TOKENS = 2048
 """Prompt tokens in one prefill batch: enough to be bound by arithmetic, few enough to bound the activations."""
-PAGE_SIZE = {"cpu": 16, "cuda": 64}
 MAX_ROWS = 64
 """Rows that decode together unless `max_running_requests` says otherwise."""
+RECORDINGS = 1024
+"""Recordings of the decode step that one call may make: a size of batch times a power of two of listed pages."""
+GREEDY = Sampling()
 
 
 @frozen(kw_only=True)
@@ -72,7 +73,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int | Sequence[int] = 128,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (immutable)
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     max_running_requests: int | None = None,
     max_total_tokens: int | None = None,
     progress: bool = False,
@@ -83,29 +84,13 @@ def generate(
     pages). Raises `PromptError`, `ImageError`, `ValueError` or `TypeError` before anything runs for what can never
     run; what fails later fails its own request, with `finish_reason` "error".
     """
-    made = _requests(model, prompts, max_new_tokens, sampling)
-    tokens: list[list[int]] = [[] for _ in made]
-    texts: list[list[str]] = [[] for _ in made]
-    ends: list[Piece | None] = [None] * len(made)
+    made = requests.make_all(model, prompts, max_new_tokens, sampling)
+    pieces: list[list[Piece]] = [[] for _ in made]
     with tqdm(total=len(made), desc="prompts", disable=not progress) as bar:
         for piece in _run(model, made, max_running_requests, max_total_tokens):
-            if piece.token >= 0:
-                tokens[piece.index].append(piece.token)
-            texts[piece.index].append(piece.text)
-            if piece.finish_reason:
-                ends[piece.index] = piece
-                bar.update()
-    return [
-        Completion(
-            text="".join(texts[r.index]),
-            tokens=tuple(tokens[r.index]),
-            finish_reason=end.finish_reason or "",
-            prompt_tokens=r.length,
-            error=end.error,
-        )
-        for r, end in zip(made, ends, strict=True)
-        if end is not None
-    ]
+            pieces[piece.index].append(piece)
+            bar.update(piece.finish_reason is not None)
+    return [_completion(request, own) for request, own in zip(made, pieces, strict=True)]
 
 
 def stream(
@@ -113,32 +98,45 @@ def stream(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int | Sequence[int] = 128,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (immutable)
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     max_running_requests: int | None = None,
     max_total_tokens: int | None = None,
 ) -> Iterator[Piece]:
     """As `generate`, token by token as they are made. Closing the iterator early abandons what still runs."""
-    made = _requests(model, prompts, max_new_tokens, sampling)
+    made = requests.make_all(model, prompts, max_new_tokens, sampling)
     return _run(model, made, max_running_requests, max_total_tokens)
 
 
 def score(model: Model, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Logits at every prompt position: f32 [T V] for each prompt, on the model's device."""
-    result = []
-    for request in _requests(model, prompts, 1, Sampling()):
-        pool, table = _memory(model, [request], rows=1, max_total_tokens=None)
-        table, (row,) = stages.admit(table, [request.slots])
-        features = _encode(model, [request])
-        logits = []
-        for pieces in requests.cut([(request, row)], limit=PREFILL_TOKENS):
-            pool, table, part = _prefill(model, pool, table, pieces, features, every=True)
-            logits.append(part)
-        result.append(torch.cat(logits))
-    return result
+    scores = []
+    for request in requests.make_all(model, prompts, 1, GREEDY):
+        pool, table = memory.allocate(model, [request], rows=1, max_total_tokens=None)
+        table, rows = stages.admit(table, [request.slots])
+        features = {request.index: _encode(model, request)} if request.prompt.images else {}
+        parts = []
+        for segments in requests.cut([(request, rows[0])], limit=PREFILL_TOKENS):
+            pool, table, logits = _prefill(model, pool, table, segments, features, every=True)
+            parts.append(logits)
+        scores.append(torch.cat(parts))
+    return scores
+
+
+def _run(
+    model: Model, made: Sequence[Request], max_running_requests: int | None, max_total_tokens: int | None
+) -> Iterator[Piece]:
+    """Check the limits, which are the caller's, and only then hand out the loop, which runs when it is asked."""
+    if max_running_requests is not None and max_running_requests < 1:
+        raise ValueError(f"max_running_requests: expected 1 or more, got {max_running_requests}")
+    if not made:
+        return iter(())
+    rows = min(len(made), max_running_requests or MAX_ROWS)
+    pool, table = memory.allocate(model, made, rows=rows, max_total_tokens=max_total_tokens)
+    return _loop(model, deque(memory.fit(request, table) for request in made), pool, table)
 
 
 @define(eq=False)
-class _Running:
+class _Run:
     """A request that holds a row. The one mutable thing here: what was made of the request so far."""
 
     request: Request
@@ -149,8 +147,7 @@ class _Running:
     def push(self, token: int, end_tokens: Sequence[int]) -> Piece:
         """Take the next token, and say what it completes and whether it is the last."""
         if token < 0:
-            error = f"the logits after {self.request.length + len(self.tokens)} tokens are not finite"
-            return Piece(index=self.request.index, token=-1, text="", finish_reason="error", error=error)
+            return self.fail(f"the logits after {self.request.length + len(self.tokens)} tokens are not finite")
         self.tokens.append(token)
         reason = None
         if token in end_tokens:
@@ -162,168 +159,132 @@ class _Running:
             text = self.text.push(token) + (self.text.flush() if reason else "")
         return Piece(index=self.request.index, token=token, text=text, finish_reason=reason)
 
-
-def _run(
-    model: Model, made: Sequence[Request], max_running_requests: int | None, max_total_tokens: int | None
-) -> Iterator[Piece]:
-    """The loop itself."""
-    if not made:
-        return iter(())
-    rows = min(len(made), MAX_ROWS if max_running_requests is None else max_running_requests)
-    if rows < 1:
-        raise ValueError(f"max_running_requests: expected 1 or more, got {max_running_requests}")
-    pool, table = _memory(model, made, rows=rows, max_total_tokens=max_total_tokens)
-    return _loop(model, deque(_fit(request, table) for request in made), pool, table)
+    def fail(self, error: str) -> Piece:
+        """End the request here, and only it."""
+        text = self.text.flush() if self.text else ""
+        return Piece(index=self.request.index, token=-1, text=text, finish_reason="error", error=error)
 
 
 def _loop(model: Model, waiting: deque[Request], pool: KVPool, table: RequestTable) -> Iterator[Piece]:
-    config, page_size = model.config, table.page_size
+    """The loop itself. Each turn admits what fits, then runs one prefill batch or else one decode step."""
     step = capture(
-        partial(stages.step, model.weights, config=config, ops=model.ops),
-        donate=("pool",), carry=("batch",), limit=1024,
+        partial(stages.step, model.weights, config=model.config, ops=model.ops),
+        donate=("pool",), carry=("batch",), limit=RECORDINGS,
     )  # fmt: skip
-    running: list[_Running] = []
-    while waiting or running:
-        table, rows = stages.admit(table, [r.slots for r in islice(waiting, len(table.live))])
-        admitted = [_Running(waiting.popleft(), row, model.tokenizer and model.tokenizer.stream()) for row in rows]
-        for pool, table, first in _start(model, pool, table, admitted):  # noqa: B020  (donated: taken and given back)
-            for run, piece in first:
-                yield piece
-                if piece.finish_reason:
-                    table = stages.release(table, [run.row])
-                else:
-                    running.append(run)
-        if not running:
-            continue
-        held = [run.row for run in running]
-        longest = max(int(table.length[row]) for row in held) + 1
-        listed = _listed(table.pages_for(longest), table.pages.shape[1])
-        batch = decode_batch(
-            table, held, [run.tokens[-1] for run in running], [run.request.layout.delta for run in running],
-            size=len(held), listed=listed, device=model.device,
-        )  # fmt: skip
-        sampling = sampling_batch([run.request.sampling for run in running], size=len(held), device=model.device)
-        done: list[_Running] = []
-        while not done and longest <= listed * page_size:
+    runs: dict[int, _Run] = {}  # by row
+    prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
+    features: dict[int, VisionTokens] = {}  # of their images, by request
+    decoding: list[_Run] = []  # the runs whose prompts are through,
+    batch: ForwardBatch | None = None  # their batch, the carry of decode: None once it has to be made anew,
+    longest = 0  # and the tokens of their longest context
+    while waiting or runs:
+        pieces: list[tuple[int, Piece]] = []
+        if waiting and batch is None:
+            table, rows = stages.admit(table, [r.slots for r in islice(waiting, len(table.live))])
+            for row in rows:
+                runs[row] = _Run(waiting.popleft(), row, model.tokenizer.stream() if model.tokenizer else None)
+            pieces = _encode_all(model, [runs[row] for row in rows], features)
+            failed = {row for row, _ in pieces}
+            prompts.extend(requests.cut([(runs[r].request, r) for r in rows if r not in failed], limit=PREFILL_TOKENS))
+        drawn: dict[int, int] = {}  # the next token of each row that has one
+        if prompts:
+            pool, table, drawn = _prefill_and_draw(model, pool, table, prompts.popleft(), features)
+            batch = None
+        elif len(pieces) < len(runs):
+            if batch is None or batch.pages.shape[1] < table.pages_for(longest + 1):
+                decoding = [run for run in runs.values() if run.tokens]
+                longest = max(int(table.length[run.row]) for run in decoding)
+                batch, sampling = _decode_batch(model, table, decoding, longest + 1)
             pool, batch, tokens = step(pool, batch, sampling)
-            table = stages.commit(table, held, [1] * len(held))
             longest += 1
-            for run, token in zip(running, tokens.tolist(), strict=True):
-                piece = run.push(token, config.end_tokens)
-                yield piece
-                if piece.finish_reason:
-                    done.append(run)
-        table = stages.release(table, [run.row for run in done])
-        running = [run for run in running if run not in done]
+            table = stages.commit(table, [run.row for run in decoding], [1] * len(decoding))
+            drawn = dict(zip((run.row for run in decoding), tokens.tolist(), strict=False))
+        pieces += [(row, runs[row].push(token, model.config.end_tokens)) for row, token in drawn.items()]
+        yield from (piece for _, piece in pieces)
+        if done := [row for row, piece in pieces if piece.finish_reason]:
+            table = stages.release(table, done)
+            batch = None
+            for row in done:
+                del runs[row]
 
 
-def _start(
-    model: Model, pool: KVPool, table: RequestTable, admitted: Sequence[_Running]
-) -> Iterator[tuple[KVPool, RequestTable, list[tuple[_Running, Piece]]]]:
-    """Encode and prefill the newly admitted; yields the state, and the first piece of each prompt that is through."""
-    by_row = {run.row: run for run in admitted}
-    features: dict[int, VisionTokens] = {}
-    ready = []
-    for run in admitted:
+def _encode_all(model: Model, runs: Sequence[_Run], features: dict[int, VisionTokens]) -> list[tuple[int, Piece]]:
+    """Put the features of every run's images into `features`; a picture that cannot be decoded ends its run."""
+    failed = []
+    for run in runs:
         try:
-            features |= _encode(model, [run.request])
-            ready.append((run.request, run.row))
+            if run.request.prompt.images:
+                features[run.request.index] = _encode(model, run.request)
         except ImageError as error:
-            failed = Piece(index=run.request.index, token=-1, text="", finish_reason="error", error=str(error))
-            yield pool, table, [(run, failed)]
-    for pieces in requests.cut(ready, limit=PREFILL_TOKENS):
-        pool, table, logits = _prefill(model, pool, table, pieces, features)
-        settings = sampling_batch([p.request.sampling for p in pieces], size=len(pieces), device=model.device)
-        lengths = torch.tensor([p.stop for p in pieces], dtype=torch.int32, device=model.device)
-        tokens = stages.sample(logits, settings, lengths, ops=model.ops).tolist()
-        first = []
-        for piece, token in zip(pieces, tokens, strict=True):
-            if piece.completes:
-                features.pop(piece.request.index, None)
-                run = by_row[piece.row]
-                first.append((run, run.push(token, model.config.end_tokens)))
-        yield pool, table, first
+            failed.append((run.row, run.fail(str(error))))
+    return failed
 
 
-def _encode(model: Model, admitted: Sequence[Request]) -> dict[int, VisionTokens]:
-    """The features of the images of each request that has any, by its index."""
-    vision, weights = model.config.vision, model.weights.vision
-    if vision is None or weights is None:
-        return {}
-    return {
-        r.index: stages.vit(weights, requests.patch_batch(model, r), config=vision, ops=model.ops)
-        for r in admitted
-        if r.prompt.images
-    }
+def _encode(model: Model, request: Request) -> VisionTokens:
+    """The features of the images of one request."""
+    if model.config.vision is None or model.weights.vision is None:
+        raise ImageError("a model that reads only text was given an image")
+    patches = requests.patch_batch(model, request)
+    return stages.vit(model.weights.vision, patches, config=model.config.vision, ops=model.ops)
 
 
 def _prefill(
     model: Model,
     pool: KVPool,
     table: RequestTable,
-    pieces: Sequence[requests.Segment],
+    segments: Sequence[Segment],
     features: dict[int, VisionTokens],
     *,
     every: bool = False,
 ) -> tuple[KVPool, RequestTable, Tensor]:
-    """Prefill one batch of pieces; logits after the last token of each, or after every token."""
-    batch = pack(table, [piece.chunk() for piece in pieces], device=model.device, every=every)
-    vision = requests.crop(features, pieces)
+    """Run one batch of prompt segments; logits after the last token of each, or after every token."""
+    batch = pack(table, [segment.chunk() for segment in segments], device=model.device, every=every)
+    vision = requests.crop(features, segments)
     pool, logits = stages.prefill(model.weights, pool, batch, vision, config=model.config, ops=model.ops)
-    table = stages.commit(table, [p.row for p in pieces], [p.stop - p.start for p in pieces])
+    table = stages.commit(table, [s.row for s in segments], [s.stop - s.start for s in segments])
     return pool, table, logits
 
 
-def _memory(
-    model: Model, made: Sequence[Request], *, rows: int, max_total_tokens: int | None
-) -> tuple[KVPool, RequestTable]:
-    """A KV pool and a request table: as large as the `rows` largest requests need, or as `max_total_tokens` says."""
-    page_size = PAGE_SIZE.get(model.device.type, 64)
-    needed = sorted((-(-r.slots // page_size) for r in made), reverse=True)
-    pages = sum(needed[:rows])
-    if max_total_tokens is not None:
-        if max_total_tokens < page_size:
-            raise ValueError(f"max_total_tokens: expected a page of {page_size} or more, got {max_total_tokens}")
-        pages = min(pages, max_total_tokens // page_size)
-    pool = KVPool.empty(model.config.text, pages=pages, page_size=page_size, device=model.device, dtype=model.dtype)
-    return pool, RequestTable.empty(rows=rows, pages=pages, page_size=page_size, row_pages=needed[0])
+def _prefill_and_draw(
+    model: Model, pool: KVPool, table: RequestTable, segments: Sequence[Segment], features: dict[int, VisionTokens]
+) -> tuple[KVPool, RequestTable, dict[int, int]]:
+    """Run one batch of prompt segments; the first new token of each row whose prompt ends in it."""
+    pool, table, logits = _prefill(model, pool, table, segments, features)
+    settings = sampling_batch([s.request.sampling for s in segments], size=len(segments), device=model.device)
+    lengths = torch.tensor([s.stop for s in segments], dtype=torch.int32, device=model.device)
+    tokens = stages.sample(logits, settings, lengths, ops=model.ops).tolist()
+    through = [(s, token) for s, token in zip(segments, tokens, strict=True) if s.completes]
+    for segment, _ in through:
+        features.pop(segment.request.index, None)
+    return pool, table, {segment.row: token for segment, token in through}
 
 
-def _fit(request: Request, table: RequestTable) -> Request:
-    """The request, cut to what the pool can hold of it. Raises `PromptError` where that is not even its prompt."""
-    if request.slots <= table.row_tokens:
-        return request
-    if request.length > table.row_tokens:
-        what = requests.describe(request.layout)
-        raise PromptError(f"prompts[{request.index}]: {what} exceed the KV pool of {table.row_tokens} tokens")
-    return request.cut_to(table.row_tokens)
+def _decode_batch(
+    model: Model, table: RequestTable, runs: Sequence[_Run], longest: int
+) -> tuple[ForwardBatch, SamplingBatch]:
+    """The carry of decode for these rows, with room for contexts of `longest` tokens, and their settings.
+
+    Pages are listed in powers of two, so that growing rows need few recordings.
+    """
+    listed = 1 << (table.pages_for(longest) - 1).bit_length()
+    batch = decode_batch(
+        table,
+        [run.row for run in runs],
+        [run.tokens[-1] for run in runs],
+        [run.request.layout.delta for run in runs],
+        size=len(runs),
+        listed=min(listed, table.pages.shape[1]),
+        device=model.device,
+    )
+    return batch, sampling_batch([run.request.sampling for run in runs], size=len(runs), device=model.device)
 
 
-def _listed(needed: int, most: int) -> int:
-    """Pages that a decode batch lists per row: a power of two, so that growing rows cause few recordings."""
-    return min(1 << (needed - 1).bit_length(), most)
-
-
-def _requests(model: Model, prompts: Sequence[Prompt], new_tokens: Any, sampling: Any) -> list[Request]:
-    """All prompts laid out and checked, before anything runs."""
-    if isinstance(prompts, Prompt):
-        raise TypeError("prompts: expected a sequence of prompts, got one; pass [prompt]")
-    limits = _for_each(new_tokens, int, len(prompts), "max_new_tokens")
-    settings = _for_each(sampling, Sampling, len(prompts), "sampling")
-    if wrong := [n for n in limits if n < 1]:
-        raise ValueError(f"max_new_tokens: expected 1 or more, got {wrong[0]}")
-    return [
-        requests.make(model, prompt, index=i, new_tokens=n, sampling=s)
-        for i, (prompt, n, s) in enumerate(zip(prompts, limits, settings, strict=True))
-    ]
-
-
-def _for_each(value: Any, kind: type, count: int, name: str) -> list[Any]:
-    """`value` for every prompt, or its items where it is a sequence with one for each."""
-    values = [value] * count if isinstance(value, kind) else list(value)
-    if len(values) != count:
-        raise ValueError(f"{name}: got {len(values)} values for {count} prompts")
-    for item in values:
-        if not isinstance(item, kind) or isinstance(item, bool):
-            raise TypeError(f"{name}: expected {kind.__name__}, got {item!r}")
-    return values
+def _completion(request: Request, pieces: Sequence[Piece]) -> Completion:
+    last = pieces[-1]
+    return Completion(
+        text="".join(piece.text for piece in pieces),
+        tokens=tuple(piece.token for piece in pieces if piece.token >= 0),
+        finish_reason=last.finish_reason or "",
+        prompt_tokens=request.length,
+        error=last.error,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,34 @@ def make(model: Model, prompt: Prompt, *, index: int, new_tokens: int, sampling:
         index=index, prompt=prompt, layout=layout, sampling=sampling, new_tokens=new, limit_reason="length",
         slots=length + new - 1,
     )  # fmt: skip
+
+
+def make_all(
+    model: Model, prompts: Sequence[Prompt], new_tokens: int | Sequence[int], sampling: Sampling | Sequence[Sampling]
+) -> list[Request]:
+    """All prompts laid out and checked, before anything runs; the settings are one for all or one for each."""
+    if isinstance(prompts, Prompt):
+        raise TypeError("prompts: expected a sequence of prompts, got one; pass [prompt]")
+    limits = _for_each(new_tokens, int, len(prompts), "max_new_tokens")
+    settings = _for_each(sampling, Sampling, len(prompts), "sampling")
+    if wrong := [limit for limit in limits if limit < 1]:
+        raise ValueError(f"max_new_tokens: expected 1 or more, got {wrong[0]}")
+    return [
+        make(model, prompt, index=index, new_tokens=limit, sampling=own)
+        for index, (prompt, limit, own) in enumerate(zip(prompts, limits, settings, strict=True))
+    ]
+
+
+def _for_each(value: Any, kind: type, count: int, name: str) -> list[Any]:
+    """`value` for every prompt, or its items where it is a sequence with one for each."""
+    values = [value] * count if isinstance(value, kind) else value
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name}: expected {kind.__name__} or a sequence of them, got {value!r}")
+    if len(values) != count:
+        raise ValueError(f"{name}: got {len(values)} values for {count} prompts")
+    if wrong := [item for item in values if not isinstance(item, kind) or isinstance(item, bool)]:
+        raise TypeError(f"{name}: expected {kind.__name__}, got {wrong[0]!r}")
+    return list(values)
 
 
 def describe(layout: Expanded) -> str:

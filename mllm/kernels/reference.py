@@ -6,6 +6,8 @@ vision loop over the requests of a batch and read their bounds.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,7 +59,7 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
         mask = torch.where(inside, 0.0, -torch.inf).to(dtype)[:, None, None]
     else:
         bounds = batch.q_indptr.tolist()
-        spans = tuple(zip(bounds[:-1], bounds[1:], strict=True))
+        spans = tuple(pairwise(bounds))
         contexts = tuple(row[:length] for row, length in zip(slots, batch.lengths.tolist(), strict=True))
     return AttentionPlan(
         cos=cos, sin=sin, slots=batch.slots, context=context, mask=mask, spans=spans, contexts=contexts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig) -> VisionPlan:
     return VisionPlan(
         cos=cos,
         sin=sin,
-        spans=tuple(zip(bounds[:-1], bounds[1:], strict=True)),
+        spans=tuple(pairwise(bounds)),
         heads=config.num_heads,
     )
 
@@ -74,8 +75,9 @@ def attend_images(qkv: Tensor, plan: VisionPlan) -> Tensor:
     q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.cos, plan.sin)
     parts = []
     for a, b in plan.spans:
-        image = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        parts.append(F.scaled_dot_product_attention(*image).squeeze(0).transpose(0, 1).flatten(1))
+        image_q, image_k, image_v = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(image_q, image_k, image_v)
+        parts.append(y.squeeze(0).transpose(0, 1).flatten(1))
     return torch.cat(parts)
 
 
