@@ -47,6 +47,7 @@ def extend(table: RequestTable, rows: Sequence[int], tokens: Sequence[int]) -> t
     Returns the table and the rows that now hold as much; those for which no page was left are not among them.
     """
     _check_live(table, rows, "extend")
+    _check_pairs(rows, tokens, "extend")
     for count in tokens:
         _check_fits(table, count)
     table = donate(table, to="extend")
@@ -64,6 +65,7 @@ def extend(table: RequestTable, rows: Sequence[int], tokens: Sequence[int]) -> t
 def commit(table: RequestTable, rows: Sequence[int], tokens: Sequence[int]) -> RequestTable:
     """Record that the keys and values of `tokens[i]` more tokens of row `rows[i]` are in the pool."""
     _check_live(table, rows, "commit")
+    _check_pairs(rows, tokens, "commit")
     for row, count in zip(rows, tokens, strict=True):
         room = int(table.held[row]) * table.page_size - int(table.length[row])
         if not 0 <= count <= room:
@@ -95,6 +97,11 @@ def _give(table: RequestTable, row: int, count: int, n_free: int) -> int:
     table.pages[row, held : held + count] = table.free[n_free - count : n_free].flip(0)
     table.held[row] = held + count
     return n_free - count
+
+
+def _check_pairs(rows: Sequence[int], tokens: Sequence[int], stage: str) -> None:
+    if len(rows) != len(tokens):
+        raise TableError(f"{stage}: {len(tokens)} counts of tokens for {len(rows)} rows")
 
 
 def _check_fits(table: RequestTable, tokens: int) -> None:
