@@ -1,0 +1,195 @@
+"""What the commands do; their arguments are in `mllm_cli.py`. A thin shell around calls of the library."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, evolve, frozen
+from PIL import Image
+
+import mllm
+from mllm import environment, families, images, signs
+from mllm.errors import MissingPackageError, MllmError
+from mllm.signs import pictures
+
+SHOWN = tuple(kind for kind in pictures.KINDS if kind != "chat")
+"""Kinds of question that `demo` asks: those about a picture."""
+
+
+@frozen(kw_only=True)
+class Speed:
+    """How fast one answer came. Times in seconds, measured here, around the library's stream."""
+
+    prompt_tokens: int
+    new_tokens: int
+    time_to_first_token: float  # pictures prepared, encoded, prompt run
+    decode_time: float  # from the first token to the last
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding: the first token is prefill's. None for a single token."""
+        return (self.new_tokens - 1) / self.decode_time if self.new_tokens > 1 else None
+
+    def __str__(self) -> str:
+        rate = "" if self.tokens_per_second is None else f", then {self.tokens_per_second:.0f} tokens/s"
+        return (
+            f"{self.prompt_tokens} prompt tokens, {self.new_tokens} new; "
+            f"first token after {self.time_to_first_token * 1e3:.0f} ms{rate}"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one command; its exit code. What a person can mend is told in one line, without a traceback."""
+    try:
+        return COMMANDS[args.command](args)
+    except (MllmError, ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"mllm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Stream the answer to a question; the figures go to standard error."""
+    sampling = mllm.Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed
+    )
+    opened = [images.open_image(file) for file in args.image]
+    model = _load(args.model, args.device, args.dtype)
+    prompt = _prompt(model, args.question, opened)
+
+    def show(piece: mllm.Piece) -> None:
+        print(piece.text if model.tokenizer else f"{piece.token} ", end="", flush=True)
+
+    speed = _answer(model, prompt, show, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    print()
+    figures = asdict(speed) | {"tokens_per_second": speed.tokens_per_second, "model": repr(model)}
+    print(json.dumps(figures) if args.stats else speed, file=sys.stderr)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Draw a picture, ask about it, and print the answer beside the truth."""
+    seed = secrets.randbelow(10**6) if args.seed is None else args.seed
+    if seed < 0:
+        raise ValueError(f"--seed: expected 0 or more, got {seed}")
+    kind = args.kind or SHOWN[seed % len(SHOWN)]
+    if kind not in SHOWN:
+        raise ValueError(f"--kind: expected one of {', '.join(SHOWN)}, got {kind!r}")
+    item = pictures.held_out(kind, seed)
+    for index, image in enumerate(item.images):
+        path = Path(args.save)
+        path = path if index == 0 else path.with_stem(f"{path.stem}-{index + 1}")
+        image.save(path, format="PNG")
+        print(f"picture   {path}: {image.width} x {image.height}, kind {kind}, seed {seed}")
+    model = _load(args.model, args.device, args.dtype)
+    prompt = _prompt(model, item.question, item.images)
+    print(f"question  {item.question}", flush=True)
+    _answer(model, prompt, lambda piece: None, max_new_tokens=2)  # so that the figures are those of a warm process
+    pieces: list[mllm.Piece] = []
+    speed = _answer(model, prompt, pieces.append, max_new_tokens=64)
+    answer = "".join(piece.text for piece in pieces)
+    if model.tokenizer is None:
+        answer = f"(random weights, so only token numbers) {' '.join(str(piece.token) for piece in pieces[:8])} ..."
+    print(f"answer    {answer}")
+    print(f"truth     {item.answer}{'' if model.tokenizer is None else _verdict(answer, item.answer)}")
+    print(f"speed     {speed}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run pytest on the benchmarks of the checkout, with the caller's options; pytest's exit code."""
+    folder = Path(mllm.__file__).resolve().parents[1] / "benchmarks"
+    if not folder.is_dir():
+        folder = Path("benchmarks").resolve()
+    if not any(folder.glob("bench*.py")) and not any(folder.glob("test_*.py")):
+        raise ValueError("the benchmarks are not in the installed package; run this in a checkout of the repository")
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise MissingPackageError("the benchmarks need pytest-benchmark: pip install 'mllm-runtime[bench]'")
+    return subprocess.run([sys.executable, "-m", "pytest", str(folder), *args.options], check=False).returncode  # noqa: S603
+
+
+def env(args: argparse.Namespace) -> int:
+    """Print the environment report."""
+    values = environment.report()
+    print(json.dumps(values, indent=2) if args.json else environment.text(values))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "generate": generate, "demo": demo, "bench": bench, "env": env
+}  # fmt: skip
+
+
+def _load(name: str, device: str, dtype: str) -> mllm.Model:
+    """The embedded model, random weights in a public model's shapes, or a folder."""
+    if name in families.PRESETS and not Path(name).is_dir():
+        print(f"mllm: {name} has random weights: its answers mean nothing, its speed does", file=sys.stderr)
+        return mllm.dummy(name, device=device, dtype=dtype)
+    if name != "signs":
+        return mllm.load(name, device=device, dtype=dtype)
+    if signs.FOLDER.is_dir():
+        return mllm.load(signs.FOLDER, device=device, dtype=dtype)
+    print("mllm: the embedded model is not in this checkout; a toy with random weights stands in", file=sys.stderr)
+    return mllm.dummy(_toy(), device=device, dtype=dtype)
+
+
+def _toy() -> mllm.Config:
+    """The smallest model that takes every path of Qwen3-VL."""
+    whole = families.preset("qwen3-vl-2b")
+    text = evolve(
+        whole.text, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=1024, mrope_section=(8, 4, 4),
+    )  # fmt: skip
+    vision = evolve(
+        whole.vision, depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
+        deepstack_visual_indexes=(0,),
+    )  # fmt: skip
+    return evolve(whole, text=text, vision=vision, image_token_id=1000, video_token_id=1001, end_tokens=())
+
+
+def _prompt(model: mllm.Model, question: str, opened: Sequence[Image.Image]) -> mllm.Prompt:
+    """The question as a chat message after its pictures; the question's bytes as ids where there is no tokenizer."""
+    if model.tokenizer is None:
+        token = model.config.image_token_id
+        return mllm.Prompt(tokens=[*([token] * len(opened)), *question.encode()], images=opened)
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in opened]
+    return mllm.prompt(model, [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
+
+
+def _answer(model: mllm.Model, prompt: mllm.Prompt, show: Callable[[mllm.Piece], None], **settings: Any) -> Speed:
+    """Run one prompt and hand each piece to `show`. Raises `ValueError` if the request fails on its way."""
+    start = time.perf_counter()
+    times = []
+    for piece in mllm.stream(model, [prompt], **settings):
+        if piece.error:
+            raise ValueError(piece.error)
+        times.append(time.perf_counter())
+        show(piece)
+    return Speed(
+        prompt_tokens=_length(model, prompt),
+        new_tokens=len(times),
+        time_to_first_token=times[0] - start,
+        decode_time=times[-1] - times[0],
+    )
+
+
+def _length(model: mllm.Model, prompt: mllm.Prompt) -> int:
+    """Tokens of a prompt, image tokens counted."""
+    if model.images is None:
+        return len(prompt.tokens)
+    config = model.images
+    return len(prompt.tokens) + sum(images.tokens(images.grid(i.size, config), config) - 1 for i in prompt.images)
+
+
+def _verdict(answer: str, truth: str) -> str:
+    return "   (right)" if answer.strip() == truth else "   (wrong)"
