@@ -96,7 +96,9 @@ def _model(to: argparse.ArgumentParser) -> None:
     to.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     to.add_argument("--model", metavar="MODEL", default="signs", help=f"{MODEL} (default: signs)")
     to.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    to.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: auto, the model's own)")
+    to.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16 (default: auto, the model's own; on a CPU float32)"
+    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from attrs import asdict, evolve, frozen
 from PIL import Image
 
@@ -111,7 +112,7 @@ def bench(args: argparse.Namespace) -> int:
     folder = Path(mllm.__file__).resolve().parents[1] / "benchmarks"
     if not folder.is_dir():
         folder = Path("benchmarks").resolve()
-    if not any(folder.glob("bench*.py")) and not any(folder.glob("test_*.py")):
+    if not any(folder.glob("*.py")):
         raise ValueError("the benchmarks are not in the installed package; run this in a checkout of the repository")
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise MissingPackageError("the benchmarks need pytest-benchmark: pip install 'mllm-runtime[bench]'")
@@ -131,7 +132,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _load(name: str, device: str, dtype: str) -> mllm.Model:
-    """The embedded model, random weights in a public model's shapes, or a folder."""
+    """The embedded model, random weights in a public model's shapes, or a folder.
+
+    `dtype` "auto" is float32 on a CPU: without bfloat16 arithmetic of its own, one is five times as fast in float32.
+    """
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"
     if name in families.PRESETS and not Path(name).is_dir():
         print(f"mllm: {name} has random weights: its answers mean nothing, its speed does", file=sys.stderr)
         return mllm.dummy(name, device=device, dtype=dtype)
