@@ -1,0 +1,1 @@
+"""The stages of mllm under pytest-benchmark: `pytest benchmarks --benchmark-json out.json`."""

@@ -1,0 +1,214 @@
+"""Points of the grid as state: prompts of so many rows and tokens, the pool and table that hold them, and batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from attrs import frozen
+from PIL import Image
+from torch import Tensor
+
+from mllm import images, prompts, stages, state
+from mllm.batch import Chunk, ForwardBatch, PatchBatch, SamplingBatch, VisionTokens, decode_batch, pack
+from mllm.cache import KVPool, bytes_per_token
+from mllm.image_config import ImageConfig
+from mllm.model import Model
+from mllm.prompts import Expanded, Prompt
+from mllm.sampling import Sampling, sampling_batch
+from mllm.table import RequestTable
+
+PAGE_SIZE = {"cpu": 16, "cuda": 64}  # tokens of a page, as `mllm.generate` chooses
+CHUNK = 8192  # tokens in one prefill where only its result is wanted
+POOL_SHARE = 0.5  # of the memory that is free at the start may go to the KV pool
+
+
+class TooLarge(Exception):
+    """A point that cannot run here; the message is the arithmetic."""
+
+
+@frozen(kw_only=True)
+class Room:
+    """How many tokens the KV pool may have, and how many the model's context."""
+
+    pool_tokens: int
+    context: int
+
+    def check(self, rows: int, input_len: int, output_len: int = 0) -> None:
+        """Raises `TooLarge` unless `rows` requests of that length fit."""
+        total = input_len + output_len
+        if total > self.context:
+            raise TooLarge(f"{input_len}+{output_len} = {total} tokens > {self.context} of context")
+        if rows > self.pool_tokens // total:
+            need = rows * total
+            raise TooLarge(f"{rows} x ({input_len}+{output_len}) = {need} tokens > {self.pool_tokens} in the pool")
+
+
+def room(model: Model, max_total_tokens: int | None) -> Room:
+    """The room for KV: what was asked for, or what half of the free memory holds."""
+    context = model.config.text.max_position_embeddings
+    if max_total_tokens is not None:
+        return Room(pool_tokens=max_total_tokens, context=context)
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tokens = int(free * POOL_SHARE) // bytes_per_token(model.config.text, model.dtype)
+    return Room(pool_tokens=tokens, context=context)
+
+
+def text_tokens(model: Model, rows: int, length: int, prompt: str | None = None) -> list[list[int]]:
+    """`rows` prompts of exactly `length` tokens: random ones, the same in every run, or `prompt` cut or repeated.
+
+    No token is a placeholder for a picture or a video.
+    """
+    config = model.config
+    taboo = {config.image_token_id, config.video_token_id}
+    if prompt is not None:
+        if model.tokenizer is None:
+            raise ValueError(f"--prompt: {model.name} has no tokenizer")
+        own = [token for token in model.tokenizer.encode(prompt) if token not in taboo]
+        return [(own * -(-length // len(own)))[:length]] * rows
+    generator = torch.Generator().manual_seed(length)
+    allowed = torch.tensor([t for t in range(min(config.text.vocab_size, 100_000)) if t not in taboo])
+    return allowed[torch.randint(len(allowed), (rows, length), generator=generator)].tolist()
+
+
+def multimodal_tokens(model: Model, image: Image.Image, length: int | None, text: Sequence[int]) -> list[int]:
+    """One image and text behind it, `length` tokens in all; `text` is cut or repeated to fill them.
+
+    Without a length, the text stays as it is. The image's tokens are never cut: a length below them is a
+    `ValueError`, as is one that leaves no token of text.
+    """
+    if model.images is None or model.config.image_token_id is None:
+        raise ValueError(f"{model.name} reads no pictures")
+    count = images.tokens(images.grid(image.size, model.images), model.images)
+    if length is not None:
+        if length <= count:
+            raise ValueError(f"--input-len {length} has no room for {count} image tokens and text")
+        text = (list(text) * -(-(length - count) // len(text)))[: length - count]
+    return [text[0], *[model.config.image_token_id] * count, *text[1:]]
+
+
+def lay_out(model: Model, tokens: Sequence[int], image: Image.Image | None = None) -> Expanded:
+    """Tokens and pictures to positions."""
+    config = model.config
+    prompt = Prompt(tokens=tokens, images=[] if image is None else [image])
+    return prompts.expand(prompt, model.images, config.image_token_id, config.text.vocab_size,
+                          video_token_id=config.video_token_id)  # fmt: skip
+
+
+def memory(model: Model, rows: int, tokens: int) -> tuple[KVPool, RequestTable, tuple[int, ...]]:
+    """A pool and table that just hold `rows` requests of `tokens` tokens, and the rows, admitted."""
+    size = PAGE_SIZE[model.device.type]
+    each = -(-tokens // size)
+    pool = KVPool.empty(
+        model.config.text, pages=rows * each, page_size=size, device=model.device, dtype=model.dtype
+    )
+    table = RequestTable.empty(rows=rows, pages=rows * each, page_size=size, row_pages=each)
+    table, admitted = stages.admit(table, [tokens] * rows)
+    return pool, table, admitted
+
+
+def chunk(layout: Expanded, row: int, start: int = 0, stop: int | None = None) -> Chunk:
+    """Tokens [start, stop) of a prompt for a row."""
+    return Chunk(
+        row=row,
+        tokens=torch.from_numpy(layout.tokens[start:stop]),
+        positions=torch.from_numpy(layout.positions[:, start:stop]),
+    )
+
+
+def fill(
+    model: Model, pool: KVPool, table: RequestTable, rows: Sequence[int], layouts: Sequence[Expanded]
+) -> tuple[KVPool, RequestTable, Tensor]:
+    """Prefill text prompts, a few rows at a time; returns the first new token of each, i32 [B] on the host."""
+    step = max(1, CHUNK // len(layouts[0].tokens))
+    firsts = []
+    for at in range(0, len(rows), step):
+        some = rows[at : at + step]
+        parts = [chunk(layout, row) for row, layout in zip(some, layouts[at : at + step], strict=True)]
+        batch = pack(table, parts, device=model.device)
+        pool, logits = stages.prefill(model.weights, pool, batch, config=model.config, ops=model.ops)
+        table = stages.commit(table, some, [len(part.tokens) for part in parts])
+        firsts.append(logits.argmax(-1).int().cpu())
+    return pool, table, torch.cat(firsts)
+
+
+def carry(
+    model: Model, table: RequestTable, rows: Sequence[int], tokens: Sequence[int], delta: Sequence[int], total: int
+) -> ForwardBatch:
+    """The decode batch of rows that will grow to `total` tokens: every page is listed from the start."""
+    return decode_batch(
+        table, rows, tokens, delta, size=len(rows), listed=table.pages_for(total), device=model.device
+    )
+
+
+def greedy(model: Model, rows: int) -> SamplingBatch:
+    return sampling_batch([Sampling()] * rows, size=rows, device=model.device)
+
+
+def patches_of(model: Model, pictures: Sequence[Image.Image], at: Sequence[int]) -> PatchBatch:
+    """Preprocess pictures; merged patch m belongs to the token at `at[m]`."""
+    config = _image_config(model)
+    parts = [images.patches(picture, config) for picture in pictures]
+    grids = [images.grid(picture.size, config) for picture in pictures]
+    return _patch_batch(model, config, parts, grids, at)
+
+
+def random_patches(model: Model, grid: tuple[int, int]) -> PatchBatch:
+    """One image of `grid` patches of noise, already cut: what the encoder alone is timed on."""
+    config = _image_config(model)
+    if grid[0] % config.merge or grid[1] % config.merge:
+        raise ValueError(f"--grid: sides must be multiples of {config.merge}, got {grid[0]}x{grid[1]}")
+    count = grid[0] * grid[1]
+    noise = np.random.default_rng(count).integers(0, 256, (count, 3 * config.patch**2), np.uint8)
+    return _patch_batch(model, config, [noise], [grid], range(count // config.merge**2))
+
+
+def _patch_batch(
+    model: Model, config: ImageConfig, parts: list[np.ndarray], grids: list[tuple[int, int]], at: Sequence[int]
+) -> PatchBatch:
+    coords = [images.coordinates(grid, config) for grid in grids]
+    bounds = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+    return PatchBatch(
+        patches=torch.from_numpy(np.concatenate(parts)).to(model.device),
+        coords=torch.from_numpy(np.concatenate(coords, axis=1)).to(model.device),
+        indptr=torch.from_numpy(bounds).to(model.device),
+        at=torch.tensor(list(at), dtype=torch.int64, device=model.device),
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+def _image_config(model: Model) -> ImageConfig:
+    if model.images is None:
+        raise TooLarge(f"{model.name} reads no pictures")
+    return model.images
+
+
+def drawn_picture(size: tuple[int, int] = (256, 256)) -> Image.Image:
+    """A smooth picture of `size` (width, height) pixels, the same on every machine."""
+    y, x = np.indices((size[1], size[0]), np.float32)
+    bands = [np.sin(x / 9) * np.cos(y / 7), np.sin((x + y) / 13), np.cos(x / 21) * np.sin(y / 5)]
+    return Image.fromarray(np.stack([(band * 127 + 128).astype(np.uint8) for band in bands], axis=-1))
+
+
+def picture(path: Path | None) -> Image.Image:
+    return drawn_picture() if path is None else images.open_image(path)
+
+
+def same_vision(a: VisionTokens, b: VisionTokens) -> float:
+    """The largest difference of two encodings, relative to the largest value."""
+    pairs = zip(state.leaves((a.embed, a.deep)), state.leaves((b.embed, b.deep)), strict=True)
+    return max(relative(x, y) for x, y in pairs if x.numel())
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|, infinite where either is not finite."""
+    a, b = a.double(), b.double()
+    found = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+    return found if np.isfinite(found) else float("inf")

@@ -1,0 +1,144 @@
+"""What the cases of one run share: the model, the measured limit, and the rows and remarks for the end of the run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import clock, models, points, trace
+from benchmarks.figures import Limit, Work, rates
+from benchmarks.settings import Settings
+from mllm.model import Model
+
+Setup = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+BUDGET_S = 1.0  # of timed rounds in a case
+ROUNDS = (5, 50)  # at least and at most, where a case does not fix them
+
+
+class Session:
+    """Made once per run; everything dear is made when a case first asks for it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.remarks: list[str] = []  # printed after the run
+        self.prefill_s: dict[tuple[int, int], float] = {}  # median by (rows, input length), for the rows of decode
+        self.rows: list[dict[str, Any]] = []  # of the JSONL file
+
+    @cached_property
+    def model(self) -> Model:
+        name = self.settings.model or models.default_name()
+        return models.get(name, device=self.settings.device, dtype=self.settings.dtype)
+
+    @cached_property
+    def limit(self) -> Limit:
+        return clock.measure_limit(self.settings.device, self.settings.dtype)
+
+    @cached_property
+    def room(self) -> points.Room:
+        return points.room(self.model, self.settings.max_total_tokens)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The fields that every row has."""
+        return {
+            "run_name": self.settings.run_name,
+            "model": self.model.name,
+            "device": self.settings.device,
+            "dtype": str(self.settings.dtype).removeprefix("torch."),
+        }
+
+    def fits(self, rows: int, input_len: int, output_len: int = 0) -> None:
+        """Skip the case, with the arithmetic, where the KV pool or the context cannot hold the point."""
+        try:
+            self.room.check(rows, input_len, output_len)
+        except points.TooLarge as error:
+            pytest.skip(str(error))
+
+    def needs_vision(self) -> None:
+        if self.model.images is None:
+            pytest.skip(f"{self.model.name} reads no pictures")
+
+    def write_rows(self) -> None:
+        if self.settings.result_jsonl is not None and self.rows:
+            with self.settings.result_jsonl.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+
+
+class Case:
+    """One benchmark: times a call, notes what the time means, traces the same call afterwards."""
+
+    def __init__(self, session: Session, benchmark: Any) -> None:
+        self.session, self.benchmark = session, benchmark
+        self.device = session.settings.device
+        self.enabled = not benchmark.disabled
+        self.seconds: float | None = None  # the median of the timed rounds
+
+    def time(
+        self,
+        fn: Callable[..., Any],
+        setup: Setup | None = None,
+        *,
+        rounds: int | None = None,
+        warmup: int = 1,
+        work: Work | None = None,
+        device_rounds: int = 5,
+    ) -> Any:
+        """Time `fn` and return its last result. `setup` makes its arguments, untimed, for every round.
+
+        `device_rounds` more rounds take the device's own time; 0 where the case does that itself.
+        Under --benchmark-disable `fn` runs once and no time is noted.
+        """
+        make = setup or (lambda: ((), {}))
+        if self.enabled and rounds is None:
+            rounds = self._rounds(fn, make)
+        fn = clock.synced(fn, self.device)
+        out = self.benchmark.pedantic(fn, setup=make, rounds=rounds or 1, warmup_rounds=warmup)
+        if self.enabled:
+            self.seconds = self.benchmark.stats.stats.median
+            self.note(wall_ms=self.seconds * 1e3)
+            if device_rounds:
+                self.note(device_ms=self._device_ms(fn, make, self.seconds, device_rounds))
+            if work is not None:
+                self.note(**rates(work, self.seconds, self.session.limit))
+        self.note(**self.session.common)
+        return out
+
+    def _rounds(self, fn: Callable[..., Any], make: Setup) -> int:
+        """So many rounds as take about `BUDGET_S`; the trial run is warm-up as well."""
+        args, kwargs = make()
+        taken = clock.wall(lambda: fn(*args, **kwargs), self.device)
+        return max(ROUNDS[0], min(ROUNDS[1], int(BUDGET_S / taken)))
+
+    def _device_ms(self, fn: Callable[..., Any], make: Setup, head_start: float, rounds: int) -> float:
+        """The device's own time, in rounds of their own; on a CPU it is the wall time."""
+        if not self.session.settings.on_gpu:
+            return head_start * 1e3
+        found = []
+        for _ in range(rounds):
+            args, kwargs = make()
+            call = lambda args=args, kwargs=kwargs: fn.__wrapped__(*args, **kwargs)  # noqa: E731
+            found.append(clock.device_time(call, self.device, head_start=head_start))
+        return statistics.median(found) * 1e3
+
+    def note(self, **fields: Any) -> None:
+        self.benchmark.extra_info.update(fields)
+
+    def row(self, **fields: Any) -> None:
+        """Note the fields and make them a row of the JSONL file, too."""
+        self.note(**fields)
+        self.session.rows.append({**self.session.common, **fields})
+
+    def trace(self, stage: str, name: str, call: Callable[[], Any]) -> None:
+        """Run `call`, which is warm by now, once more under the profiler, if this stage is to be traced."""
+        s = self.session.settings
+        if s.trace_dir is None or s.trace_stage not in ("all", stage):
+            return
+        path = Path(s.trace_dir) / f"{trace.file_name(stage, self.session.model.name, name)}.trace.json.gz"
+        table = trace.record(call, path, profiler=s.profiler, device=self.device)
+        self.session.remarks.append(f"{stage} {name}: {path if s.profiler == 'torch' else 'marked for nsys'}\n{table}")

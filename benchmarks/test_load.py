@@ -1,0 +1,26 @@
+"""Loading: a folder of safetensors to a model on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import mllm
+from benchmarks import models
+from benchmarks.figures import Work
+from benchmarks.session import Case
+from mllm import state
+
+
+@pytest.mark.benchmark(group="load")
+def test_load(case: Case, tmp_path: Path) -> None:
+    s, model = case.session.settings, case.session.model
+    folder = models.folder(s.model or models.default_name(), model, tmp_path)
+    loaded = case.time(
+        lambda: mllm.load(folder, device=s.device, dtype=s.dtype, progress=False),
+        work=Work(model.weights.nbytes, 0),
+    )
+    pairs = zip(state.leaves(loaded.weights), state.leaves(model.weights), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in pairs)

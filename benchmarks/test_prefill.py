@@ -1,0 +1,50 @@
+"""Prefill: whole text prompts onto an empty KV pool, logits after the last token of each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import figures, points
+from benchmarks.checks import RELATIVE
+from benchmarks.session import Case
+from mllm import stages, state
+from mllm.batch import pack
+from mllm.kernels.reference import REFERENCE
+
+
+@pytest.mark.benchmark(group="prefill")
+def test_prefill(case: Case, batch: int, input_len: int) -> None:
+    session = case.session
+    session.fits(batch, input_len)
+    model, prompt = session.model, session.settings.prompt
+    layouts = [points.lay_out(model, t) for t in points.text_tokens(model, batch, input_len, prompt)]
+    box = {}
+    box["pool"], table, rows = points.memory(model, batch, input_len)
+    tokens = pack(table, [points.chunk(lay, row) for lay, row in zip(layouts, rows, strict=True)], device=model.device)
+
+    def call(pool):  # noqa: ANN001, ANN202
+        box["pool"], logits = stages.prefill(model.weights, pool, tokens, config=model.config, ops=model.ops)
+        return logits
+
+    work = figures.prefill(model.config.text, rows=batch, length=input_len, itemsize=model.dtype.itemsize)
+    logits = case.time(call, lambda: ((box["pool"],), {}), work=work)
+
+    # the same in two parts by the reference ops: the second part reads the first from the pool
+    pool, cut, parts = state.clone(box["pool"]), input_len // 2, []
+    for start, stop in ((0, cut), (cut, input_len)) if cut else ((0, input_len),):
+        part = pack(table, [points.chunk(y, r, start, stop) for y, r in zip(layouts, rows, strict=True)],
+                    device=model.device)  # fmt: skip
+        pool, out = stages.prefill(model.weights, pool, part, config=model.config, ops=REFERENCE)
+        table = stages.commit(table, rows, [stop - start] * batch)
+        parts.append(out)
+    assert points.relative(logits, parts[-1]) <= RELATIVE[model.dtype]
+    assert torch.isfinite(logits).all()
+
+    if case.seconds is not None:
+        session.prefill_s[batch, input_len] = case.seconds
+        case.note(
+            batch_size=batch, input_len=input_len, output_len=1, prefill_latency=case.seconds,
+            prefill_throughput=batch * input_len / case.seconds, cuda_graph=False,
+        )  # fmt: skip
+    case.trace("prefill", f"bs={batch}-in={input_len}", lambda: call(box["pool"]))
