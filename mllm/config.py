@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
-from attrs import field, frozen
+from attrs import Converter, field, frozen
+from attrs.validators import optional
 
 from mllm.errors import ConfigError
 
@@ -25,16 +27,30 @@ def _range(kind: Any, low: float, high: float) -> Any:
         # bool is an int to isinstance, and NaN fails every comparison
         if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
             name = "a whole number" if kind is int else "a number"
-            raise ConfigError(f"{attribute.name}: expected {name} from {low:g} to {high:g}, got {value!r}")
+            raise ConfigError(f"{attribute.name}: expected {name} from {low:g} to {high:g}, got {reprlib.repr(value)}")
 
     return validate
 
 
-def _ints(value: Any) -> tuple[int, ...]:
-    """A tuple of whole numbers, from any sequence of them."""
-    if not isinstance(value, (list, tuple)) or not all(isinstance(x, int) for x in value):
-        raise ConfigError(f"expected a list of whole numbers, got {value!r}")
-    return tuple(value)
+def _optional_token() -> Any:
+    """An attrs field for a token id, or None."""
+    return field(default=None, validator=optional(_range(int, 0, 2**31 - 1)))
+
+
+def _bool(instance: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{attribute.name}: expected true or false, got {reprlib.repr(value)}")
+
+
+def _ints(**kwargs: Any) -> Any:
+    """An attrs field for a tuple of whole numbers, made from any sequence of them."""
+
+    def convert(value: Any, attribute: Any) -> tuple[int, ...]:
+        if not isinstance(value, (list, tuple)) or not all(type(x) is int for x in value):
+            raise ConfigError(f"{attribute.name}: expected a list of whole numbers, got {reprlib.repr(value)}")
+        return tuple(value)
+
+    return field(converter=Converter(convert, takes_field=True), **kwargs)
 
 
 @frozen(kw_only=True)
@@ -55,8 +71,8 @@ class TextConfig:
     max_position_embeddings: int = _int(high=2**31 - 1)
     rope_theta: float = _float(1.0, 1e12)
     rms_norm_eps: float = _float(0.0, 1.0, default=1e-6)
-    mrope_section: tuple[int, ...] = field(converter=_ints)
-    tie_word_embeddings: bool = False
+    mrope_section: tuple[int, ...] = _ints()
+    tie_word_embeddings: bool = field(default=False, validator=_bool)
 
     def __attrs_post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -64,8 +80,9 @@ class TextConfig:
             raise ConfigError(f"num_attention_heads: {heads} do not divide evenly")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim: rotary embedding needs an even size, got {self.head_dim}")
-        if len(self.mrope_section) != 3 or min(self.mrope_section) < 0:
-            raise ConfigError(f"mrope_section: expected three counts of 0 or more, got {self.mrope_section}")
+        if len(self.mrope_section) != 3 or not all(0 <= count <= self.head_dim for count in self.mrope_section):
+            got = reprlib.repr(self.mrope_section)
+            raise ConfigError(f"mrope_section: expected three counts from 0 to {self.head_dim}, got {got}")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -88,7 +105,7 @@ class VisionConfig:
     num_heads: int = _int(high=1024)
     out_hidden_size: int = _int()
     num_position_embeddings: int = _int()
-    deepstack_visual_indexes: tuple[int, ...] = field(converter=_ints)
+    deepstack_visual_indexes: tuple[int, ...] = _ints()
     patch_size: int = _int(high=256)
     spatial_merge_size: int = _int(high=16)
     temporal_patch_size: int = _int(high=16)
@@ -132,9 +149,9 @@ class Config:
 
     text: TextConfig
     vision: VisionConfig | None = None
-    image_token_id: int | None = None
-    video_token_id: int | None = None
-    end_tokens: tuple[int, ...] = field(default=(), converter=_ints)
+    image_token_id: int | None = _optional_token()
+    video_token_id: int | None = _optional_token()
+    end_tokens: tuple[int, ...] = _ints(default=())
     dtype: str | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -145,7 +162,7 @@ class Config:
                 f"out_hidden_size: the encoder gives {self.vision.out_hidden_size} features, the decoder takes "
                 f"{self.text.hidden_size}"
             )
-        if self.image_token_id is None or not 0 <= self.image_token_id < self.text.vocab_size:
+        if self.image_token_id is None or self.image_token_id >= self.text.vocab_size:
             raise ConfigError(
                 f"image_token_id: expected a token below {self.text.vocab_size}, got {self.image_token_id}"
             )

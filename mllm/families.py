@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
@@ -60,10 +61,12 @@ def read(folder: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Con
 
 def parse(data: Json, *, source: str = "config", ignore: Collection[str] = ()) -> Config:
     """The configuration that `data`, the contents of a `config.json`, describes; `source` names it in errors."""
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore_config: expected a collection of keys, got {ignore!r}; pass ({ignore!r},)")
     kind = data.get("model_type")
     try:
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ConfigError(f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+            raise ConfigError(f"model_type {reprlib.repr(kind)} is not supported; supported are {', '.join(FAMILIES)}")
         return FAMILIES[kind](data, frozenset(ignore))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -71,10 +74,10 @@ def parse(data: Json, *, source: str = "config", ignore: Collection[str] = ()) -
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; `ConfigError` for anything else."""
+    if not path.is_file():  # a pipe would be read for ever
+        raise ConfigError(f"{path}: no such file; a model folder holds config.json and *.safetensors")
     try:
         data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a model folder holds config.json and *.safetensors") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
@@ -84,9 +87,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _qwen3(data: Json, ignore: frozenset[str]) -> Config:
     text = _text(data, data, ignore, more={"layer_types"}, sections=None)
-    layers = data.get("layer_types")
-    if layers is not None and set(layers) != {"full_attention"} and "layer_types" not in ignore:
-        raise ConfigError(f"layer_types: only full_attention is supported, got {sorted(set(layers))}")
+    full = ["full_attention"] * text.num_hidden_layers
+    _require_fixed(data, {"layer_types": full}, ignore, where="")
     return Config(text=text, end_tokens=_end_tokens(data), dtype=_dtype(data))
 
 
@@ -95,9 +97,9 @@ def _qwen3_vl(data: Json, ignore: frozenset[str]) -> Config:
     _refuse_unknown(data, {*parts, "image_token_id", "video_token_id"}, ignore, where="")
     for part, kinds in parts.items():
         if not isinstance(data.get(part), Mapping):
-            raise ConfigError(f"{part}: expected an object, got {data.get(part)!r}")
-        if data[part].get("model_type", next(iter(kinds))) not in kinds:
-            raise ConfigError(f"{part}.model_type: expected {' or '.join(sorted(kinds))}")
+            raise ConfigError(f"{part}: expected an object, got {reprlib.repr(data.get(part))}")
+        if (kind := data[part].get("model_type")) is not None and kind not in sorted(kinds):
+            raise ConfigError(f"{part}.model_type: expected {' or '.join(sorted(kinds))}, got {reprlib.repr(kind)}")
     text, vision = data["text_config"], data["vision_config"]
     return Config(
         text=_text(text, data, ignore, more=set(), sections=(24, 20, 20), where="text_config."),
@@ -126,14 +128,14 @@ def _text(
     _refuse_unknown(data, names | _ROPE | set(_TEXT_FIXED) | more, ignore, where=where)
     _require_fixed(data, _TEXT_FIXED, ignore, where=where)
     _require(data, names - {"rms_norm_eps"}, where=where)
-    rope = _rope(data, ignore, kinds=("default",), where=where)
+    rope = _rope(data, ignore, kinds=("default", "mrope") if sections else ("default",), where=where)
     if "rope_theta" not in rope:
         raise ConfigError(f"{where}rope_theta: missing")
     half = data["head_dim"] // 2 if isinstance(data["head_dim"], int) else 0
     tied = top.get("tie_word_embeddings", data.get("tie_word_embeddings", False))
     return _build(TextConfig, data, names, where=where, rope_theta=rope["rope_theta"],
                   mrope_section=rope.get("mrope_section", sections) if sections else (half, 0, 0),
-                  tie_word_embeddings=bool(tied))  # fmt: skip
+                  tie_word_embeddings=tied)  # fmt: skip
 
 
 def _vision(data: Json, ignore: frozenset[str]) -> VisionConfig:
@@ -148,19 +150,25 @@ def _vision(data: Json, ignore: frozenset[str]) -> VisionConfig:
 
 def _rope(data: Json, ignore: frozenset[str], *, kinds: tuple[str, ...], where: str) -> dict[str, Any]:
     """Rotary settings in either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    places = {key: data.get(key) for key in ("rope_scaling", "rope_parameters")}
+    places["rope_theta"] = {"rope_theta": data.get("rope_theta")}
     rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = data.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"{where}{key}: expected an object, got {value!r}")
-        rope |= value or {}
-    if data.get("rope_theta") is not None:
-        rope.setdefault("rope_theta", data["rope_theta"])
-    kind = rope.pop("rope_type", rope.pop("type", kinds[0]))
-    if kind not in (*kinds, "mrope") and "rope_type" not in ignore:
-        raise ConfigError(f"{where}rope_type: only {kinds[0]!r} is supported, got {kind!r}")
-    _require_fixed(rope, {"mrope_interleaved": True, "partial_rotary_factor": 1.0}, ignore, where=where)
-    known = {"type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor"}
+    for place, settings in places.items():
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ConfigError(f"{where}{place}: expected an object, got {reprlib.repr(settings)}")
+        for key, value in (settings or {}).items():
+            if value is not None and key in rope and rope[key] != value:
+                here, there = reprlib.repr(value), reprlib.repr(rope[key])
+                raise ConfigError(f"{where}{place}: {key} is {here} here, {there} in another spelling")
+            if value is not None:
+                rope[key] = value
+    for kind in (rope.pop("rope_type", kinds[0]), rope.pop("type", kinds[0])):
+        if kind not in kinds and "rope_type" not in ignore:
+            raise ConfigError(f"{where}rope_type: only {kinds[0]!r} is supported, got {reprlib.repr(kind)}")
+    _require_fixed(rope, {"partial_rotary_factor": 1.0, "mrope_interleaved": True}, ignore, where=where)
+    known = {"rope_theta", "partial_rotary_factor"}
+    if "mrope" in kinds:
+        known |= {"mrope_section", "mrope_interleaved"}
     _refuse_unknown(rope, known, ignore, where=f"{where}rope_parameters.")
     return rope
 
@@ -189,7 +197,7 @@ def _require(data: Json, names: set[str], *, where: str) -> None:
 def _require_fixed(data: Json, fixed: Json, ignore: frozenset[str], *, where: str) -> None:
     for key, value in fixed.items():
         if data.get(key, value) not in (value, None) and key not in ignore:
-            raise ConfigError(f"{where}{key}: only {value!r} is supported, got {data[key]!r}")
+            raise ConfigError(f"{where}{key}: only {value!r} is supported, got {reprlib.repr(data[key])}")
 
 
 def _end_tokens(data: Json) -> tuple[int, ...]:
@@ -202,5 +210,5 @@ def _end_tokens(data: Json) -> tuple[int, ...]:
 def _dtype(data: Json) -> str | None:
     name = data.get("dtype", data.get("torch_dtype"))
     if name not in (None, "float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype: expected float32, bfloat16 or float16, got {name!r}")
+        raise ConfigError(f"dtype: expected float32, bfloat16 or float16, got {reprlib.repr(name)}")
     return name
