@@ -1,12 +1,14 @@
 """Reading Hugging Face safetensors folders into `Weights`.
 
-`RULES` joins checkpoint names to fields. Before a tensor is read, the names in the files and the names in the
-rules must cover each other exactly, and every shape must be the declared one. Pickled checkpoints are not read.
+`RULES` joins checkpoint names to fields. Before a tensor is read, the names in the files and the names in the rules
+must cover each other exactly, and every shape and dtype must be one that was declared. Pickled checkpoints are not
+read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,21 +25,25 @@ from mllm.config import Config
 from mllm.errors import CheckpointError
 from mllm.weights import Weights, build
 
-# Field (layer numbers as #) -> the tensors that are stacked along its first axis. `{text}` and `{vision}` are the
-# prefixes of the family, below.
+# Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
+# the prefixes of the family, below. A stored tensor has the shape of its field, unless sizes follow its name.
 RULES = {
     "text.embed": ("{text}embed_tokens.weight",),
     "text.norm": ("{text}norm.weight",),
     "text.head": ("lm_head.weight",),
     "text.layers.#.norm_in": ("{text}layers.#.input_layernorm.weight",),
-    "text.layers.#.qkv": tuple(f"{{text}}layers.#.self_attn.{x}_proj.weight" for x in "qkv"),
+    "text.layers.#.qkv": (
+        "{text}layers.#.self_attn.q_proj.weight H*D E",
+        "{text}layers.#.self_attn.k_proj.weight K*D E",
+        "{text}layers.#.self_attn.v_proj.weight K*D E",
+    ),
     "text.layers.#.q_norm": ("{text}layers.#.self_attn.q_norm.weight",),
     "text.layers.#.k_norm": ("{text}layers.#.self_attn.k_norm.weight",),
     "text.layers.#.out": ("{text}layers.#.self_attn.o_proj.weight",),
     "text.layers.#.norm_mlp": ("{text}layers.#.post_attention_layernorm.weight",),
-    "text.layers.#.gate_up": ("{text}layers.#.mlp.gate_proj.weight", "{text}layers.#.mlp.up_proj.weight"),
+    "text.layers.#.gate_up": ("{text}layers.#.mlp.gate_proj.weight F E", "{text}layers.#.mlp.up_proj.weight F E"),
     "text.layers.#.down": ("{text}layers.#.mlp.down_proj.weight",),
-    "vision.patch": ("{vision}patch_embed.proj.weight",),
+    "vision.patch": ("{vision}patch_embed.proj.weight Ev channels frames side side",),
     "vision.patch_bias": ("{vision}patch_embed.proj.bias",),
     "vision.position": ("{vision}pos_embed.weight",),
     "vision.blocks.#.norm_in": ("{vision}blocks.#.norm1.weight",),
@@ -64,14 +70,33 @@ _PREFIXES_VISION = {"text": "model.language_model.", "vision": "model.visual."}
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD = "lm_head.weight"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Part(NamedTuple):
     """One tensor of the files, found before it is read."""
 
+    name: str
     shape: tuple[int, ...]
+    dtype: str
     file: Path
     reader: Any
+
+    def read(self) -> Tensor:
+        """The numbers, on the host."""
+        try:
+            value: Tensor = self.reader.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file}: {self.name} cannot be read ({error})") from None
+        return value
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise `CheckpointError` unless this is a weight of `shape`."""
+        if self.shape != shape:
+            raise CheckpointError(f"{self.file}: {self.name} is {list(self.shape)}, config.json makes it {list(shape)}")
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"{self.file}: {self.name} is {self.dtype}; weights are {', '.join(DTYPES)}")
 
 
 def load(
@@ -84,43 +109,51 @@ def load(
 ) -> Weights:
     """Read the weights of `config` from the safetensors files of `folder`.
 
-    `dtype` None keeps the stored one. `progress` None shows a bar on a terminal only. Raises `CheckpointError`
-    with the file and the tensor for anything that is broken, missing, extra or of the wrong shape.
+    `dtype` None takes that of the stored embedding for all. `progress` None shows a bar on a terminal only. Raises
+    `CheckpointError` with the file and the tensor for anything that is broken, missing, extra or of the wrong shape.
     """
     with ExitStack() as stack:
         parts = _open(Path(folder), stack)
         joined = _join(config, parts, Path(folder))
-        bar = stack.enter_context(
-            tqdm(total=len(joined), desc="weights", disable=not progress if progress is not None else None)
-        )
+        if config.text.tie_word_embeddings and HEAD in parts:
+            _check_tied(parts[HEAD], joined["text.embed"][0])
+        kind = dtype or DTYPES[joined["text.embed"][0].dtype]
+        hidden = None if progress is None else not progress  # tqdm's None: where there is no terminal
+        bar = stack.enter_context(tqdm(total=len(joined), desc="weights", disable=hidden))
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
-            return _read(joined[path], shape, device, dtype)
+            return _stack(joined[path], shape, device, kind)
 
         return build(config, make)
 
 
-def _join(config: Config, parts: Mapping[str, Part], folder: Path) -> dict[str, list[tuple[str, Part]]]:
-    """The parts of every field, after the names and the shapes of both sides were compared."""
+def _join(config: Config, parts: Mapping[str, Part], folder: Path) -> dict[str, list[Part]]:
+    """The parts of every field, after the names, shapes and dtypes of both sides were compared."""
     prefixes = _PREFIXES_VISION if config.vision else _PREFIXES
-    joined: dict[str, list[tuple[str, Part]]] = {}
+    sizes = config.sizes
+    if vision := config.vision:
+        sizes |= {"channels": vision.in_channels, "frames": vision.temporal_patch_size, "side": vision.patch_size}
+    joined: dict[str, list[Part]] = {}
     missing: list[str] = []
 
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
-        numbers = iter(re.findall(r"\d+", path))
-        names = [rule.format(**prefixes) for rule in RULES[re.sub(r"\d+", "#", path)]]
-        number = next(numbers, "")
-        names = [name.replace("#", number) for name in names]
-        missing.extend(name for name in names if name not in parts)
-        joined[path] = [(name, parts[name]) for name in names if name in parts]
-        if len(joined[path]) == len(names):
-            _check_shapes(path, shape, joined[path], config)
+        number = re.search(r"\d+", path)
+        joined[path] = []
+        for rule in RULES[re.sub(r"\d+", "#", path)]:
+            stored, *dims = rule.split()
+            name = stored.format(**prefixes).replace("#", number[0] if number else "")
+            if name not in parts:
+                missing.append(name)
+                continue
+            parts[name].check(tuple(math.prod(sizes[x] for x in dim.split("*")) for dim in dims) or shape)
+            joined[path].append(parts[name])
         return torch.empty(shape, device="meta")
 
     build(config, make)
-    used = {name for group in joined.values() for name, _ in group}
-    extra = sorted(parts.keys() - used - _redundant(config))
+    used = {part.name for group in joined.values() for part in group}
+    redundant = {HEAD} if config.text.tie_word_embeddings else set()
+    extra = sorted(parts.keys() - used - redundant)
     if missing or extra:
         lines = [f"  missing: {name}" for name in missing[:8]] + [f"  unknown: {name}" for name in extra[:8]]
         raise CheckpointError(
@@ -130,49 +163,27 @@ def _join(config: Config, parts: Mapping[str, Part], folder: Path) -> dict[str, 
     return joined
 
 
-def _redundant(config: Config) -> set[str]:
-    """Tensors that some writers store although they follow from others: a tied head."""
-    return {"lm_head.weight"} if config.text.tie_word_embeddings else set()
-
-
-def _check_shapes(path: str, shape: tuple[int, ...], group: list[tuple[str, Part]], config: Config) -> None:
-    sizes, vision = config.sizes, config.vision
-    rows = [shape[0]]
-    if path.endswith(".qkv") and path.startswith("text."):
-        rows = [sizes["A"], sizes["K"] * sizes["D"], sizes["K"] * sizes["D"]]
-    elif path.endswith(".gate_up"):
-        rows = [sizes["F"], sizes["F"]]
-    for (name, part), count in zip(group, rows, strict=True):
-        expected = (count, *shape[1:])
-        if vision and path == "vision.patch":
-            patch = (vision.patch_size, vision.patch_size)
-            expected = (shape[0], vision.in_channels, vision.temporal_patch_size, *patch)
-        if part.shape != expected:
-            raise CheckpointError(f"{part.file}: {name} is {list(part.shape)}, config.json makes it {list(expected)}")
-
-
-def _read(
-    group: list[tuple[str, Part]], shape: tuple[int, ...], device: str | torch.device, dtype: torch.dtype | None
-) -> Tensor:
+def _stack(group: list[Part], shape: tuple[int, ...], device: str | torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor of one field. Parts are copied into place one by one, so the peak is one part above the result."""
-    out: Tensor | None = None
+    out = torch.empty(shape, dtype=dtype, device=device)
     row = 0
-    for name, part in group:
-        try:
-            value = part.reader.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{part.file}: {name} cannot be read ({error})") from None
-        if not value.is_floating_point():
-            raise CheckpointError(f"{part.file}: {name} is {value.dtype}; weights are float32, bfloat16 or float16")
+    for part in group:
+        value = part.read()
         if value.dim() == 5:  # the patch embedding: [Ev, channels, frames, rows, columns], see VisionWeights
-            value = value.float().sum(2).flatten(1).to(value.dtype)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype or value.dtype, device=device)
+            value = value.float().sum(2).flatten(1)
         out[row : row + len(value)].copy_(value)
         row += len(value)
-    if out is None:
-        raise CheckpointError("a rule without parts")
     return out
+
+
+def _check_tied(head: Part, embed: Part) -> None:
+    """Some writers store a tied head, too. One that differs would be used by transformers, whatever the config says."""
+    head.check(embed.shape)
+    if head.dtype != embed.dtype or not torch.equal(head.read(), embed.read()):
+        raise CheckpointError(
+            f"{head.file}: {head.name} differs from {embed.name}, but config.json ties them; set tie_word_embeddings "
+            "to false to use both"
+        )
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Part]:
@@ -181,31 +192,31 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Part]:
     for file in _files(folder):
         try:
             reader = stack.enter_context(safe_open(file, framework="pt"))
-            shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+            slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file}: {_why_unreadable(file) or error}") from None
-        for name, shape in shapes.items():
+        for name, part in slices.items():
             if name in parts:
                 raise CheckpointError(f"{file}: {name} is also in {parts[name].file.name}")
-            parts[name] = Part(shape, file, reader)
+            parts[name] = Part(name, tuple(part.get_shape()), part.get_dtype(), file, reader)
     return parts
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The weight files of a folder: the one, or the shards that the index names."""
+    """The weight files of a folder: the one, which transformers prefers, too, or the shards that the index names."""
     index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+    if (folder / SINGLE).is_file():
         names = [SINGLE]
-    else:
+    elif index.is_file():
         names = _shards(index)
+    else:
+        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
     root = folder.resolve()
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{index}: {name!r} is not the plain name of a file in this folder")
         file = folder / name
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise CheckpointError(f"{file}: missing")
         if file.resolve().parent != root and not _same_repository(file.resolve(), root):
             raise CheckpointError(f"{file}: a link out of the model folder")

@@ -54,11 +54,12 @@ Json = dict[str, Any]
 
 
 def qwen3(**changes: Any) -> Json:
-    return json.loads(QWEN3) | changes
+    data: Json = json.loads(QWEN3)
+    return data | changes
 
 
 def qwen3_vl(*, text: Json | None = None, vision: Json | None = None, **changes: Any) -> Json:
-    data = json.loads(QWEN3_VL) | changes
+    data: Json = json.loads(QWEN3_VL) | changes
     if text:
         data["text_config"] |= text
     if vision:
@@ -219,7 +220,7 @@ NONSENSE: list[tuple[Json, str]] = [
       for key in ("num_attention_heads", "num_hidden_layers", "head_dim", "hidden_size", "vocab_size")),
     *((qwen3(**{key: None}), key) for key in ("num_attention_heads", "num_hidden_layers", "head_dim", "vocab_size")),
     *((qwen3(rms_norm_eps=value), "rms_norm_eps") for value in (-1e-6, float("nan"), float("inf"), "1e-6", 2)),
-    *((qwen3(rope_parameters={"rope_theta": v}), "rope_theta") for v in (0, -1.0, float("nan"), float("inf"), "x", [])),
+    *((qwen3(rope_parameters={"rope_theta": v}), "rope_theta") for v in (0, -1.0, float("nan"), float("inf"), "x")),
     (qwen3(head_dim=7), "head_dim"),
     (qwen3(num_attention_heads=5), "num_attention_heads"),
     (qwen3(num_key_value_heads=8), "num_attention_heads"),
@@ -241,7 +242,7 @@ NONSENSE: list[tuple[Json, str]] = [
     *((qwen3_vl(video_token_id=value), "video_token_id") for value in (-1, "91", [91], 10**40)),
     *((qwen3_vl(text={"rope_parameters": {"rope_theta": 1e4, "mrope_section": value}}), "mrope_section")
       for value in ([2, 1], [2, 1, 1, 1], [-1, 1, 1], ["2", 1, 1], [10**30, 1, 1], 4, "211", {"t": 2})),
-    *((qwen3(model_type=value), "model_type") for value in (None, "llama", "qwen3_vl_moe", "", 3, ["qwen3"], {})),
+    *((qwen3(model_type=value), "model_type") for value in (None, "llama", "qwen3_vl_moe", "", 3, ["qwen3"], {"a": 1})),
 ]  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def their_inputs(model: Tiny, tokens: Sequence[int], images: Sequence[Image.Imag
     return given
 
 
-def examples(count: int, **more: Any) -> Any:
+def examples(count: int, **more: Any) -> settings:
     """`hypothesis.settings` for `count` drawn examples; ten times as many with --thorough."""
     return settings(max_examples=count * settings.default.max_examples // 100, **more)
 
