@@ -136,7 +136,11 @@ def _load(name: str, device: str, dtype: str) -> mllm.Model:
 
     `dtype` "auto" is float32 on a CPU: without bfloat16 arithmetic of its own, one is five times as fast in float32.
     """
-    if dtype == "auto" and torch.device(device).type == "cpu":
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if dtype == "auto" and kind == "cpu":
         dtype = "float32"
     if name in families.PRESETS and not Path(name).is_dir():
         print(f"mllm: {name} has random weights: its answers mean nothing, its speed does", file=sys.stderr)
@@ -156,9 +160,9 @@ def _toy() -> mllm.Config:
         whole.text, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, vocab_size=1024, mrope_section=(8, 4, 4),
     )  # fmt: skip
-    vision = evolve(
-        whole.vision, depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
-        deepstack_visual_indexes=(0,),
+    vision = mllm.VisionConfig(
+        depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, num_position_embeddings=256,
+        deepstack_visual_indexes=(0,), patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
     )  # fmt: skip
     return evolve(whole, text=text, vision=vision, image_token_id=1000, video_token_id=1001, end_tokens=())
 

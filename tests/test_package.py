@@ -1,0 +1,233 @@
+"""What the package promises about itself: what it imports, ships and names, and what its source never does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mllm
+import mllm.signs
+
+PACKAGE = Path(mllm.__file__).parent
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+LONGEST = 330
+LONGER = {
+    "signs/pictures.py": "the kinds of question, one after the other; it ships with the model, not with the runtime"
+}
+ASSERTS = {"signs/pictures.py": "a scene made with a sign has one; for the type checker"}
+ALLOWED = {
+    "tokenizer.py": {"an except that catches everything": "the library raises nothing more specific"},
+    "signs/train.py": {"torch.load": "of the run's own state; torch 2.6 and later unpickles no objects"},
+}
+ENVIRONMENT = {"environment.py": "reports the variables that change results"}
+
+
+def python(*args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    """Run another interpreter in the checkout's root, where `mllm` can be imported from installed or not."""
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_importing_it_imports_no_optional_or_heavy_package() -> None:
+    code = "import sys, mllm; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(python("-c", code).stdout.split())
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "triton", "flashinfer", "matplotlib", "pytest", "torchvision", "psutil"}
+
+
+def test_importing_it_opens_no_gpu() -> None:
+    assert python("-c", "import mllm, torch; print(torch.cuda.is_initialized())").stdout.strip() == "False"
+
+
+def test_it_is_typed_and_brings_its_data() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    assert {path.stem for path in (PACKAGE / "presets").glob("*.json")} == set(mllm.families.PRESETS)
+
+
+def test_there_is_one_version() -> None:
+    import mllm_cli
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mllm.__version__)
+    assert mllm_cli.version() == mllm.__version__
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in project
+    assert mllm.__version__ not in [line.split("=")[-1].strip(' "') for line in project.splitlines()]
+
+
+SIGNATURES = {
+    "load": "path, *, device, dtype, ignore_config, progress",
+    "dummy": "config, *, device, dtype, seed",
+    "prompt": "model, messages",
+    "Prompt": "tokens, images",
+    "Sampling": "*, temperature, top_k, top_p, min_p, seed",
+    "generate": "model, prompts, *, max_new_tokens, sampling, max_running_requests, max_total_tokens, progress",
+    "stream": "model, prompts, *, max_new_tokens, sampling, max_running_requests, max_total_tokens",
+    "score": "model, prompts",
+    "Completion": "*, text, tokens, finish_reason, prompt_tokens, error",
+    "Piece": "*, index, token, text, finish_reason, error",
+    "capture": "fn, *, donate, carry, limit, recorder",
+    "stages.admit": "table, tokens",
+    "stages.vit": "weights, patches, *, config, ops",
+    "stages.prefill": "weights, pool, batch, vision, *, config, ops",
+    "stages.decode": "weights, pool, batch, *, config, ops",
+    "stages.sample": "logits, sampling, lengths, *, ops",
+    "stages.advance": "batch, tokens, *, page_size, ops",
+    "stages.commit": "table, rows, tokens",
+    "stages.release": "table, rows",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_public_name_takes_what_is_documented(name: str) -> None:
+    found: object = mllm
+    for part in name.split("."):
+        found = getattr(found, part)
+    shown: list[str] = []
+    for parameter in inspect.signature(found).parameters.values():  # type: ignore[arg-type]
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        shown.append(parameter.name)
+    assert ", ".join(shown) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", [*mllm.__all__, *(f"stages.{name}" for name in mllm.stages.__all__)])
+def test_a_public_name_has_a_docstring(name: str) -> None:
+    found: object = mllm
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert inspect.getdoc(found)
+
+
+def test_an_error_is_one_of_ours_and_of_pythons() -> None:
+    classes = [value for value in vars(mllm.errors).values() if isinstance(value, type)]
+    assert len(classes) > 5
+    for cls in classes:
+        assert issubclass(cls, mllm.errors.MllmError)
+        assert cls is mllm.errors.MllmError or issubclass(cls, (ValueError, RuntimeError, ImportError))
+
+
+# What the source never does ------------------------------------------------------------------------------------------
+
+
+def forbidden(tree: ast.AST) -> Iterator[str]:
+    """Each thing in a module that the project does not allow itself anywhere."""
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, (ast.Global, ast.Nonlocal)):
+            yield f"{line}: global or nonlocal"
+        elif isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in caught):
+                yield f"{line}: an except that catches everything"
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("eval", "exec", "compile", "__import__", "torch.load", "os.system"):
+                yield f"{line}: {called}"
+            if any(keyword.arg == "trust_remote_code" and not _is_false(keyword.value) for keyword in node.keywords):
+                yield f"{line}: trust_remote_code"
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            if {"pickle", "marshal", "shelve", "dill"} & {name.partition(".")[0] for name in names}:
+                yield f"{line}: pickle or its like"
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+@pytest.mark.parametrize("source", [
+    "global x", "try: pass\nexcept: pass", "try: pass\nexcept (OSError, Exception): pass", "eval('1')",
+    "torch.load(f)", "f(trust_remote_code=True)", "import pickle", "from pickle import loads",
+])  # fmt: skip
+def test_the_check_of_the_source_sees(source: str) -> None:
+    assert list(forbidden(ast.parse(source)))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_module_does_nothing_forbidden(name: str) -> None:
+    found = [what for what in forbidden(TREES[name]) if what.partition(" ")[2] not in ALLOWED.get(name, {})]
+    assert not found
+
+
+@pytest.mark.parametrize("name", sorted(TREES.keys() - ASSERTS.keys()))
+def test_a_module_checks_without_assert(name: str) -> None:
+    """`python -O` drops asserts."""
+    assert not [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.Assert)]
+
+
+@pytest.mark.parametrize("name", sorted(TREES.keys() - ENVIRONMENT.keys()))
+def test_a_module_reads_no_environment_variable(name: str) -> None:
+    found = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)]
+    assert not [node.lineno for node in found if ast.unparse(node) in ("os.environ", "os.getenv", "os.putenv")]
+
+
+@pytest.mark.parametrize("name", sorted(TREES.keys() - {"kernels/__init__.py"}))
+def test_a_module_says_what_it_is(name: str) -> None:
+    assert ast.get_docstring(TREES[name])
+
+
+@pytest.mark.parametrize("name", sorted(TREES.keys() - LONGER.keys()))
+def test_a_module_can_be_read_in_one_sitting(name: str) -> None:
+    assert len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+# What the pages promise ---------------------------------------------------------------------------------------------
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in the root."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+@pytest.mark.skipif(not mllm.signs.FOLDER.is_dir(), reason="the embedded model is not in this checkout")
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_python_on_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a reader would type them, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page, "python")
+    assert found
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(found), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_runs_the_command_that_the_readme_shows() -> None:
+    commands = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    tests = next(line for line in commands if line.endswith("tox run -e cpu"))
+    assert tests in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert any(line.endswith("tox run -e demo") for line in commands)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_a_file_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    named = re.findall(r"`((?:mllm|tests|benchmarks|docs)/[\w/.-]+)`", text)
+    assert links or named
+    assert not [name for name in [*links, *named] if not (ROOT / name).exists()]
+
+
+def test_every_size_letter_of_a_declaration_is_in_the_legend() -> None:
+    used = {
+        dim.partition("+")[0]
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tensor" and isinstance(node.args[0], ast.Constant)
+        for dim in str(node.args[0].value).split()
+    }
+    assert len(used) > 15
+    assert {dim for dim in used if not dim.isdigit()} <= mllm.state.LEGEND.keys()
