@@ -171,7 +171,8 @@ def _prompt(model: mllm.Model, question: str, opened: Sequence[Image.Image]) -> 
     """The question as a chat message after its pictures; the question's bytes as ids where there is no tokenizer."""
     if model.tokenizer is None:
         token = model.config.image_token_id
-        return mllm.Prompt(tokens=[*([token] * len(opened)), *question.encode()], images=opened)
+        marks = [] if token is None else [token] * len(opened)
+        return mllm.Prompt(tokens=[*marks, *question.encode()], images=opened)
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in opened]
     return mllm.prompt(model, [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
 
