@@ -138,7 +138,8 @@ def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor) -> Tensor:
     best = logits.argmax(-1)
     if not sampling.greedy:
         temperature = sampling.temperature.unsqueeze(1)
-        scaled = logits / torch.where(temperature > 0, temperature, 1.0)
+        scaled = logits - logits.amax(-1, keepdim=True)  # or a tiny temperature makes infinities of the likeliest
+        scaled = scaled / torch.where(temperature > 0, temperature, 1.0)
         scaled = torch.where(kept(scaled, sampling), scaled, -torch.inf)
         drawn = (scaled + gumbel(sampling.seed, lengths, logits.shape[1])).argmax(-1)
         best = torch.where(sampling.temperature > 0, drawn, best)
@@ -155,7 +156,8 @@ def kept(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     ranked = torch.where(rank < limit, ranked, -torch.inf)
     chance = ranked.softmax(-1)
     before = chance.cumsum(-1) - chance
-    keep = (rank < limit) & (before < sampling.top_p.unsqueeze(1))
+    reach = torch.where(sampling.top_p < 1, sampling.top_p, torch.inf).unsqueeze(1)  # a sum rounds up to 1 early
+    keep = (rank < limit) & ((before < reach) | (rank == 0))
     chance = torch.where(keep, ranked, -torch.inf).softmax(-1)
     keep &= chance >= sampling.min_p.unsqueeze(1) * chance[:, :1]
     return torch.empty_like(keep).scatter_(1, order, keep)
