@@ -159,6 +159,13 @@ def is_donated(tree: State) -> bool:
     return hasattr(tree, "_donated_to")
 
 
+def check_alive(*states: State | None) -> None:
+    """Raise `DonatedError` for a dead one. For stages that take one argument and read others: check, then take."""
+    for one in states:
+        if one is not None and is_donated(one):
+            getattr(one, one.__names__[0])
+
+
 def replace(old: S, **changes: Any) -> S:
     """`attrs.evolve` for a state that was just taken by `donate`: no shape check, no copy (4 us saved a call)."""
     new = object.__new__(type(old))

@@ -155,6 +155,18 @@ def test_a_stage_that_is_refused_consumes_nothing(run: Running, stage: str) -> N
     assert not is_donated(taken)
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode", "step"])
+def test_a_stage_given_a_dead_batch_leaves_the_pool_alive(run: Running, stage: str) -> None:
+    model, batch, pool = run.model, newest(run), run.pool
+    stages.advance(batch, torch.ones(4, dtype=torch.int32), page_size=4, ops=model.ops)
+    watch = Watch(pool=pool)
+    more = (settings(run),) if stage == "step" else ()
+    with pytest.raises(DonatedError, match="advance"):
+        getattr(stages, stage)(model.weights, pool, batch, *more, config=model.config, ops=model.ops)
+    assert watch.changed() == set()
+    assert not is_donated(pool)
+
+
 # the ops: what the comments of kernels/ops.py say each one writes
 WRITES = {"attend_": {4, 5}, "put_": {0}, "add_": {0}}
 

@@ -10,12 +10,13 @@ from mllm.config import Config
 from mllm.kernels.ops import Ops
 from mllm.stages.decoder import forward
 from mllm.stages.sample import sample
-from mllm.state import donate
+from mllm.state import check_alive, donate
 from mllm.weights import Weights
 
 
 def decode(weights: Weights, pool: KVPool, batch: ForwardBatch, *, config: Config, ops: Ops) -> tuple[KVPool, Tensor]:
     """Run the newest token of each of B rows. Takes `pool`; returns it and the logits f32 [B V]."""
+    check_alive(batch)
     pool = donate(pool, to="decode")
     return pool, forward(weights.text, pool, batch, None, config=config.text, ops=ops)
 
@@ -37,6 +38,7 @@ def step(
 
     Takes `pool` and `batch`; returns both and the tokens i32 [B], -1 for a row whose logits are not finite.
     """
+    check_alive(batch, sampling)
     pool, logits = decode(weights, pool, batch, config=config, ops=ops)
     tokens = sample(logits, sampling, batch.lengths, ops=ops)
     batch = advance(batch, tokens, page_size=pool.keys.shape[2], ops=ops)

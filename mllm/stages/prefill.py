@@ -9,7 +9,7 @@ from mllm.cache import KVPool
 from mllm.config import Config
 from mllm.kernels.ops import Ops
 from mllm.stages.decoder import forward
-from mllm.state import donate
+from mllm.state import check_alive, donate
 from mllm.weights import Weights
 
 
@@ -28,5 +28,6 @@ def prefill(
     of chunks, cut anywhere: a chunk attends to what earlier ones left in the pool, and its image tokens bring
     their deepstack features along.
     """
+    check_alive(batch, vision)
     pool = donate(pool, to="prefill")
     return pool, forward(weights.text, pool, batch, vision, config=config.text, ops=ops)
