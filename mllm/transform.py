@@ -50,6 +50,8 @@ def capture(
     """
     parameters = inspect.signature(fn)
     name = getattr(fn, "func", fn).__name__
+    if unknown := sorted({*donate, *carry} - parameters.parameters.keys()):
+        raise CaptureError(f"{name} has no argument {unknown}; it has {list(parameters.parameters)}")
     recordings: dict[Any, _Recording] = {}
 
     def captured(*args: Any, **kwargs: Any) -> Tree:
