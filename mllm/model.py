@@ -124,10 +124,10 @@ def _image_config(read: ImageConfig | None, config: Config, source: str) -> Imag
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    if name not in DTYPES:
-        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or a torch dtype, got {name!r}")
+    if name is None or name in DTYPES.values():
+        return name  # type: ignore[return-value]
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or the torch dtype, got {name!r}")
     return DTYPES[name]
 
 
