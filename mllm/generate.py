@@ -21,6 +21,7 @@ from mllm import memory, requests, stages
 from mllm.batch import ForwardBatch, SamplingBatch, VisionTokens, decode_batch, pack
 from mllm.cache import KVPool
 from mllm.errors import ImageError
+from mllm.kernels.ops import ops_for
 from mllm.model import Model
 from mllm.prompts import Prompt
 from mllm.requests import Request, Segment
@@ -167,10 +168,7 @@ class _Run:
 
 def _loop(model: Model, waiting: deque[Request], pool: KVPool, table: RequestTable) -> Iterator[Piece]:
     """The loop itself. Each turn admits what fits, then runs one prefill batch or else one decode step."""
-    step = capture(
-        partial(stages.step, model.weights, config=model.config, ops=model.ops),
-        donate=("pool",), carry=("batch",), limit=RECORDINGS,
-    )  # fmt: skip
+    step = capture(partial(_step, model), donate=("pool",), carry=("batch",), limit=RECORDINGS)
     runs: dict[int, _Run] = {}  # by row
     prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
     features: dict[int, VisionTokens] = {}  # of their images, by request
@@ -259,24 +257,29 @@ def _prefill_and_draw(
     return pool, table, {segment.row: token for segment, token in through}
 
 
+def _step(
+    model: Model, pool: KVPool, batch: ForwardBatch, sampling: SamplingBatch
+) -> tuple[KVPool, ForwardBatch, Tensor]:
+    """One decode step, with the ops for as many rows as the batch has."""
+    ops = ops_for(model.device, decode_rows=len(batch.lengths))
+    return stages.step(model.weights, pool, batch, sampling, config=model.config, ops=ops)
+
+
 def _decode_batch(
     model: Model, table: RequestTable, runs: Sequence[_Run], longest: int
 ) -> tuple[ForwardBatch, SamplingBatch]:
-    """The carry of decode for these rows, with room for contexts of `longest` tokens, and their settings.
-
-    Pages are listed in powers of two, so that growing rows need few recordings.
-    """
-    listed = 1 << (table.pages_for(longest) - 1).bit_length()
+    """The carry of decode for these rows, with room for contexts of `longest` tokens, and their settings."""
+    size, listed = memory.decode_shape(model.device, len(runs), table.pages_for(longest))
     batch = decode_batch(
         table,
         [run.row for run in runs],
         [run.tokens[-1] for run in runs],
         [run.request.layout.delta for run in runs],
-        size=len(runs),
+        size=size,
         listed=min(listed, table.pages.shape[1]),
         device=model.device,
     )
-    return batch, sampling_batch([run.request.sampling for run in runs], size=len(runs), device=model.device)
+    return batch, sampling_batch([run.request.sampling for run in runs], size=size, device=model.device)
 
 
 def _completion(request: Request, pieces: Sequence[Piece]) -> Completion:

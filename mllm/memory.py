@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from mllm import requests
 from mllm.cache import KVPool
 from mllm.errors import PromptError
@@ -41,3 +43,20 @@ def fit(request: Request, table: RequestTable) -> Request:
         what = requests.describe(request.layout)
         raise PromptError(f"prompts[{request.index}]: {what} exceed the KV pool of {table.row_tokens} tokens")
     return request.cut_to(table.row_tokens)
+
+
+def decode_shape(device: torch.device, rows: int, pages: int) -> tuple[int, int]:
+    """Rows and listed pages of a decode batch that has `rows` rows, the longest with `pages` pages.
+
+    A CPU computes what it is given, so rows are not padded, and pages are listed in powers of two so that growing
+    rows need few recordings. A GPU's kernels look at each row's length, so its batches list every page a row can
+    have; rows are padded to powers of two, which cost a recording each.
+    """
+    if device.type == "cpu":
+        return rows, _power_of_two(pages)
+    return _power_of_two(rows), 2**31 - 1
+
+
+def _power_of_two(count: int) -> int:
+    """The first power of two from `count` on."""
+    return 1 << (count - 1).bit_length()

@@ -49,12 +49,22 @@ class Ops:
     merge: Callable[..., Tensor]  # x [X Ev], Merger or TapMerger -> [M E]
 
 
-def ops_for(device: str | torch.device) -> Ops:
-    """The table of a device. Raises `MissingPackageError` for a kind that has none."""
+def ops_for(device: str | torch.device, *, decode_rows: int | None = None) -> Ops:
+    """The table of a device: for batches of any shape, or for decode steps of `decode_rows` rows (one token each).
+
+    Raises `MissingPackageError` for a device without kernels, or where its kernels need a package that is not there.
+    """
     from mllm.kernels.reference import REFERENCE
 
-    tables = {"cpu": REFERENCE, "cuda": REFERENCE}
     kind = torch.device(device).type
-    if kind not in tables:
-        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for {', '.join(tables)}")
-    return tables[kind]
+    if kind not in ("cpu", "cuda"):
+        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu and cuda")
+    if kind == "cpu" or decode_rows is None:
+        return REFERENCE
+    try:
+        from mllm.kernels import cuda
+    except ImportError as error:
+        raise MissingPackageError(
+            f"decoding on {device} needs {error.name}: pip install 'mllm-runtime[cuda]'"
+        ) from None
+    return cuda.decode_ops(decode_rows, pdl=torch.cuda.get_device_capability(device) >= (9, 0))

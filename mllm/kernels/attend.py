@@ -1,0 +1,206 @@
+"""Decode attention in one kernel: QK norm, rotary embedding, KV write, and split-KV attention over pages.
+
+A program takes one key/value head of one row and one split of its context, so that keys and values are read once
+for the group of query heads that share them. The context is cut by its length, which only the device knows; the
+last split of a head to arrive merges the others'. Tokens that earlier steps wrote are loaded before the program
+waits for the kernel before it (`kernels/pdl.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.state import State, state, tensor
+
+LOG2E = 1.4426950408889634
+
+
+class Split(NamedTuple):
+    """How a context is shared out: splits of it, tokens that a program loads at a time, warps, tiles in flight."""
+
+    splits: int
+    tile: int
+    warps: int
+    stages: int
+
+
+def split_for(rows: int, kv_heads: int, tokens: int) -> Split:
+    """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
+
+    One row is bound by latency: it is cut into as many splits as fill the chip, and their first tile is loaded
+    before the wait. More rows are bound by bandwidth, and keep two tiles in flight instead.
+    """
+    if rows > 1:
+        return Split(_cut(528 // (rows * kv_heads)), 64, 4, 2)
+    if tokens > 1024:
+        return Split(_cut(264 // kv_heads), 64, 4, 1)
+    return Split(_cut(132 // kv_heads), 32, 2, 1)
+
+
+def _cut(wanted: int) -> int:
+    """The power of two at or below `wanted`, from 1 to 32: a kernel is compiled for each."""
+    return min(32, 1 << (max(wanted, 1).bit_length() - 1))
+
+
+@state
+class DecodePlan(State):
+    """Computed once per step: rotary tables f32 [B D/2], the batch's bounds, and a workspace for the merge.
+
+    `partial` [B K splits G D] and `stats` [B K splits G 2] hold the splits' unmerged results; `arrived` [B K] counts
+    them and is 0 between kernels, so all layers share it.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor = tensor("B")
+    pages: Tensor = tensor("B N")
+    lengths: Tensor = tensor("B")
+    partial: Tensor
+    stats: Tensor
+    arrived: Tensor = tensor("B K")
+    split: Split
+
+
+@triton.jit
+def _norm_rotate(base, mask, weight, cos, sin, eps, D: tl.constexpr, DP: tl.constexpr):
+    """Head vectors at `base` [n], normalised and rotated: f32 [n DP], zeros beyond D."""
+    HALF: tl.constexpr = D // 2
+    d = tl.arange(0, DP)
+    inside = d < D
+    other = tl.where(d < HALF, d + HALF, d - HALF)
+    mask = mask[:, None] & inside[None, :]
+    x = tl.load(base[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    pair = tl.load(base[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    w_pair = tl.load(weight + other, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + d % HALF)
+    s = tl.load(sin + d % HALF) * tl.where(d < HALF, -1.0, 1.0)
+    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    return factor[:, None] * (x * (w * c)[None, :] + pair * (w_pair * s)[None, :])
+
+
+@triton.jit
+def _tile(keys, values, pages, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr,
+          TILE: tl.constexpr):  # fmt: skip
+    """Keys and values [TILE DP] of tokens from t of one head; zeros from `end` on. A tile lies within one page."""
+    d = tl.arange(0, DP)
+    token = t + tl.arange(0, TILE)
+    page = tl.load(pages + t // S, mask=t < end, other=0).to(tl.int64)
+    at = ((page * S + token % S) * K + h)[:, None] * D + d[None, :]
+    mask = (token < end)[:, None] & (d < D)[None, :]
+    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _merge(partial, stats, head, live, out, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+           SPLITS: tl.constexpr):  # fmt: skip
+    """out [G D]: the splits of one head, weighted by their softmax sums."""
+    d = tl.arange(0, DP)
+    s = tl.arange(0, SPLITS)
+    mask = (s < live)[:, None] & (d < D)[None, :]
+    for g in tl.static_range(G):
+        at = (head * SPLITS + s) * G + g
+        top = tl.load(stats + at * 2, mask=s < live, other=-float("inf"), volatile=True)
+        total = tl.load(stats + at * 2 + 1, mask=s < live, other=0.0, volatile=True)
+        acc = tl.load(partial + at[:, None] * D + d[None, :], mask=mask, other=0.0, volatile=True)
+        weight = tl.exp2(top - tl.max(top, 0))
+        merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
+        tl.store(out + g * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def attend_kernel(
+    qkv, q_norm, k_norm, cos, sin, keys, values, slots, pages, lengths, partial, stats, arrived, out, N, scale, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, GP: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B H*D] from qkv [B (H + 2K)*D]; writes the new keys and values [P S K D] at `slots`."""
+    G: tl.constexpr = H // K
+    h = tl.program_id(0)
+    split = tl.program_id(1)
+    b = tl.program_id(2)
+    launch_dependents(PDL)
+    past = tl.maximum(tl.load(lengths + b) - 1, 0)  # tokens in the pool; the newest comes from qkv
+    chunk = tl.cdiv(tl.cdiv(past, SPLITS), TILE) * TILE
+    live = tl.maximum(tl.cdiv(past, tl.maximum(chunk, 1)), 1)  # splits that have work; the first always has
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, past)
+    pages += b * N
+    if STAGES == 1:
+        kt, vt = _tile(keys, values, pages, begin, end, h, K, D, DP, S, TILE)
+    wait(PDL)
+    if split >= live:
+        return
+    d = tl.arange(0, DP)
+    g = tl.arange(0, GP)
+    row = qkv + b * (H + 2 * K) * D
+    cos += b * (D // 2)
+    sin += b * (D // 2)
+    q = _norm_rotate(row + (h * G + g) * D, g < G, q_norm, cos, sin, eps, D, DP)
+    q = (q * scale).to(keys.dtype.element_ty)
+    top = tl.full([GP], -float("inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, DP], tl.float32)
+    if split == 0:
+        one = tl.arange(0, 1)
+        k = _norm_rotate(row + (H + h + one) * D, one < 1, k_norm, cos, sin, eps, D, DP).to(keys.dtype.element_ty)
+        v = tl.load(row + (H + K + h) * D + d, mask=d < D, other=0.0)
+        slot = (tl.load(slots + b) * K + h) * D
+        tl.store(keys + slot + d[None, :], k, mask=(d < D)[None, :])
+        tl.store(values + slot + d, v, mask=d < D)
+        top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        total += 1.0
+        acc += v.to(tl.float32)[None, :]
+    for t in tl.range(begin, end, TILE, num_stages=STAGES):
+        if STAGES > 1:
+            kt, vt = _tile(keys, values, pages, t, end, h, K, D, DP, S, TILE)
+        inside = (t + tl.arange(0, TILE)) < end
+        score = tl.dot(q, tl.trans(kt), input_precision="ieee")
+        score = tl.where(inside[None, :], score, -float("inf"))
+        new = tl.maximum(top, tl.max(score, 1))
+        p = tl.exp2(score - new[:, None])
+        fade = tl.exp2(top - new)
+        total = total * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(vt.dtype), vt, acc * fade[:, None], input_precision="ieee")
+        top = new
+        if STAGES == 1:
+            kt, vt = _tile(keys, values, pages, t + TILE, end, h, K, D, DP, S, TILE)
+    head = b * K + h
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    result = out + head * G * D
+    if live == 1:
+        tl.store(result + g[:, None] * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        return
+    mine = (head * SPLITS + split) * G + g
+    tl.store(partial + mine[:, None] * D + d[None, :], acc, mask=mask)
+    tl.store(stats + mine * 2, top, mask=g < G)
+    tl.store(stats + mine * 2 + 1, total, mask=g < G)
+    tl.debug_barrier()  # every store of this program comes before its arrival
+    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == live - 1:
+        _merge(partial, stats, head, live, result, G, D, DP, SPLITS)
+        tl.store(arrived + head, 0)
+
+
+def attend_(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: DecodePlan, keys: Tensor, values: Tensor, *, eps: float,
+    pdl: bool,
+) -> Tensor:  # fmt: skip
+    """As `reference.attend_`, one token a row."""
+    rows, width = qkv.shape
+    page_size, kv_heads, size = keys.shape[1:]
+    heads = width // size - 2 * kv_heads
+    out = qkv.new_empty(rows, heads * size)
+    split = plan.split
+    attend_kernel[(kv_heads, split.splits, rows)](
+        qkv, q_norm, k_norm, plan.cos, plan.sin, keys, values, plan.slots, plan.pages, plan.lengths, plan.partial,
+        plan.stats, plan.arrived, out, plan.pages.shape[1], size**-0.5 * LOG2E, eps,
+        H=heads, K=kv_heads, D=size, DP=max(16, triton.next_power_of_2(size)), S=page_size,
+        GP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=split.splits, TILE=min(split.tile, page_size),
+        STAGES=split.stages, num_warps=split.warps, **options(pdl),
+    )  # fmt: skip
+    return out

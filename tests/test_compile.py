@@ -1,0 +1,37 @@
+"""Every kernel compiles for the GPUs that this runtime is for, within their limits; no GPU is needed to know."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# compute capability -> (bytes of shared memory a block may have, registers a thread may have): CUDA programming
+# guide, "Technical specifications per compute capability"
+LIMITS = {87: (163 * 1024, 255), 90: (227 * 1024, 255)}
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+def test_every_kernel_compiles_without_spilling(capability: int, capsys: pytest.CaptureFixture[str]) -> None:
+    shared, registers = LIMITS[capability]
+    script = Path(__file__).with_name("compiled.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the interpreter compiles nothing
+    run = subprocess.run(  # noqa: S603
+        [sys.executable, script, str(capability)], capture_output=True, text=True, env=env, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    records = [json.loads(line) for line in run.stdout.splitlines()]
+    with capsys.disabled():
+        print(f"\nsm_{capability}: kernel, model, rows: registers, spilled bytes, shared bytes")
+        for r in records:
+            usage = f"{r['registers']:4} {r['spills']:3} {r['shared']:7}"
+            print(f"  {r['kernel']:16} {r['model']:12} {r['rows']:3} {usage}")
+    assert {r["kernel"] for r in records} >= {"linear_kernel", "attend_kernel", "argmax_kernel", "advance_kernel"}
+    assert [r for r in records if r["spills"] > 0] == []
+    assert [r for r in records if r["shared"] > shared or r["registers"] > registers] == []

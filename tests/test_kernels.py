@@ -1,0 +1,174 @@
+"""The Triton kernels against the reference ops: in Triton's interpreter on a CPU, compiled on a GPU.
+
+TRITON_INTERPRET=1 pytest tests/test_kernels.py
+pytest tests/test_kernels.py --device cuda
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+import mllm
+from mllm import stages
+from mllm.batch import ForwardBatch, SamplingBatch, decode_batch
+from mllm.cache import KVPool
+from mllm.kernels.ops import Ops
+from mllm.kernels.reference import NOT_FINITE, REFERENCE
+from mllm.model import Model
+from mllm.sampling import Sampling, sampling_batch
+from mllm.state import clone, leaves, map_leaves
+from mllm.table import RequestTable
+
+triton = pytest.importorskip("triton")
+
+PAGE = 64
+STEPS = 2
+# heads, key/value heads, head size, width, MLP width, vocabulary, context of each row; the batch has one row more
+# than contexts where it says so, which is a padding row
+SHAPES = [
+    (4, 2, 16, 48, 64, 100, (1,), False),
+    (4, 2, 64, 160, 96, 2100, (130,), False),
+    (2, 1, 128, 64, 80, 300, (1500,), False),
+    (4, 1, 24, 48, 64, 100, (1, 64, 300), True),
+    (3, 3, 32, 64, 96, 77, (33, 129), False),
+    (8, 1, 32, 64, 96, 77, (65, 300, 2, 127), True),
+]
+
+
+@pytest.fixture
+def ops(device: str) -> functools.partial[Ops]:
+    """The decode table by number of rows, as this device can run it."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
+    from mllm.kernels import cuda
+
+    capable = device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    return functools.partial(cuda.decode_ops, pdl=capable)
+
+
+def decoding(shape: tuple[int, ...], device: str) -> tuple[Model, KVPool, ForwardBatch, SamplingBatch]:
+    """A small float32 model with rows in the middle of decoding, over a pool of noise."""
+    heads, kv_heads, head, width, mlp, vocabulary, contexts, padded = shape
+    config = mllm.Config(
+        text=mllm.TextConfig(
+            hidden_size=width, intermediate_size=mlp, num_hidden_layers=2, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=head, vocab_size=vocabulary, max_position_embeddings=4096,
+            rope_theta=1e4, mrope_section=(head // 2, head // 8, head // 8), tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    model = mllm.dummy(config, device=device, dtype="float32")
+    rows = len(contexts)
+    table = RequestTable.empty(rows=rows, pages=40, page_size=PAGE)
+    table, held = stages.admit(table, [n + STEPS for n in contexts])
+    table = stages.commit(table, held, contexts)
+    pool = KVPool.empty(config.text, pages=40, page_size=PAGE, device=device, dtype=torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    pool = map_leaves(lambda t: t.normal_(generator=generator), pool)
+    batch = decode_batch(
+        table, held, range(rows), [-i for i in range(rows)], size=rows + padded, listed=table.pages.shape[1],
+        device=device,
+    )  # fmt: skip
+    return model, pool, batch, sampling_batch([Sampling()] * rows, size=rows + padded, device=device)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_decode_step_equals_the_reference(shape: tuple[int, ...], device: str, ops: functools.partial[Ops]) -> None:
+    model, pool, batch, sampling = decoding(shape, device)
+    rows = len(shape[6])
+    held = {}
+    for name, table in {"reference": REFERENCE, "kernels": ops(len(batch.lengths))}.items():
+        own, carry, logits = clone(pool), clone(batch), []
+        for _ in range(STEPS):
+            own, scores = stages.decode(model.weights, own, carry, config=model.config, ops=table)
+            tokens = stages.sample(scores, sampling, carry.lengths, ops=table)
+            carry = stages.advance(carry, tokens, page_size=PAGE, ops=table)
+            logits.append(scores[:rows])
+        held[name] = (torch.stack(logits), own, carry)
+    (expected, pool_a, batch_a), (got, pool_b, batch_b) = held["reference"], held["kernels"]
+    assert error(got, expected) < 1e-5
+    assert all(error(b[:, 1:], a[:, 1:]) < 1e-5 for a, b in zip(leaves(pool_a), leaves(pool_b), strict=True))
+    for name in ("tokens", "positions", "slots", "lengths", "pages"):
+        assert torch.equal(getattr(batch_a, name)[..., :rows], getattr(batch_b, name)[..., :rows]), name
+
+
+def test_a_padding_row_writes_to_the_sink_alone(device: str, ops: functools.partial[Ops]) -> None:
+    model, pool, batch, sampling = decoding(SHAPES[3], device)
+    pages = set(batch.pages[:3].flatten().tolist()) - {0}
+    written = {int(slot) // PAGE for slot in batch.slots[:3]}
+    before = clone(pool)
+    table = ops(len(batch.lengths))
+    pool, batch, _ = stages.step(model.weights, pool, batch, sampling, config=model.config, ops=table)
+    changed = (pool.keys != before.keys).flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    assert set(changed) <= written | {0}
+    assert written <= pages
+    assert int(batch.lengths[3]) == 0
+    assert int(batch.slots[3]) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 2047, 2048, 4999])
+def test_greedy_tokens_are_the_first_of_the_largest_and_broken_rows_say_so(
+    value: float, place: int, device: str, ops: functools.partial[Ops]
+) -> None:
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(place)).to(device)
+    logits[0, [700, 4100]] = 50.0
+    logits[2, place] = value
+    sampling = sampling_batch([Sampling()] * 3, size=3, device=device)
+    tokens = ops(1).sample(logits, sampling, torch.ones(3, dtype=torch.int32, device=device)).tolist()
+    assert tokens == [700, int(logits[1].argmax()), NOT_FINITE]
+
+
+@pytest.mark.parametrize("position", [0, 1, 1000, 40_000, 262_143])
+def test_rotary_tables_hold_at_long_positions(position: int, device: str, ops: functools.partial[Ops]) -> None:
+    from mllm.kernels import rotary, step
+
+    positions = torch.tensor([[position], [position // 2], [position // 3]], dtype=torch.int32, device=device)
+    expected = rotary.mrope(positions, head_dim=128, theta=5e6, sections=(24, 20, 20))
+    frequencies = rotary.frequencies(64, 5e6, positions.device)
+    for got, want in zip(step.rotary(positions, frequencies, (24, 20, 20), pdl=False), expected, strict=True):
+        assert float((got - want.squeeze(1)).abs().max()) < 2e-6
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_replayed_steps_equal_eager_ones_bit_for_bit(
+    shape: tuple[int, ...], device: str, ops: functools.partial[Ops]
+) -> None:
+    model, pool, batch, sampling = decoding(shape, device)
+    one = functools.partial(stages.step, model.weights, config=model.config, ops=ops(len(batch.lengths)))
+    captured = mllm.capture(one, donate=("pool",), carry=("batch",))
+    eager_pool, eager_batch, own_batch = clone(pool), clone(batch), clone(batch)
+    for _ in range(STEPS):
+        pool, own_batch, tokens = captured(pool, own_batch, sampling)
+        eager_pool, eager_batch, expected = one(eager_pool, eager_batch, sampling)
+        assert torch.equal(tokens, expected)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(pool), leaves(eager_pool), strict=True))
+
+
+@pytest.mark.cuda
+def test_generate_on_the_gpu_gives_the_tokens_of_the_cpu(device: str) -> None:
+    config = mllm.Config(
+        text=mllm.TextConfig(
+            hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+            head_dim=32, vocab_size=500, max_position_embeddings=4096, rope_theta=1e4, mrope_section=(16, 0, 0),
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    cpu = mllm.dummy(config, dtype="float32")
+    weights = map_leaves(lambda t: t.to(device), cpu.weights)
+    gpu = Model(config=config, weights=weights, ops=cpu.ops, name="gpu")
+    prompts = [mllm.Prompt(tokens=[(7 * i + j) % 500 for j in range(3 + 40 * i)]) for i in range(5)]
+    for rows in (1, 5):
+        expected = mllm.generate(cpu, prompts, max_new_tokens=40, max_running_requests=rows)
+        assert [c.tokens for c in mllm.generate(gpu, prompts, max_new_tokens=40, max_running_requests=rows)] == [
+            c.tokens for c in expected
+        ]
