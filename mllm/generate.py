@@ -21,7 +21,6 @@ from mllm import memory, requests, stages
 from mllm.batch import ForwardBatch, SamplingBatch, VisionTokens, decode_batch, pack
 from mllm.cache import KVPool
 from mllm.errors import ImageError
-from mllm.kernels.ops import ops_for
 from mllm.model import Model
 from mllm.prompts import Prompt
 from mllm.requests import Request, Segment
@@ -260,8 +259,8 @@ def _prefill_and_draw(
 def _step(
     model: Model, pool: KVPool, batch: ForwardBatch, sampling: SamplingBatch
 ) -> tuple[KVPool, ForwardBatch, Tensor]:
-    """One decode step, with the ops for as many rows as the batch has."""
-    ops = ops_for(model.device, decode_rows=len(batch.lengths))
+    """One decode step, with the ops that are fastest for as many rows as the batch has."""
+    ops = model.decode_ops(len(batch.lengths)) if model.decode_ops else model.ops
     return stages.step(model.weights, pool, batch, sampling, config=model.config, ops=ops)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mllm import checkpoint, families, prompts, weights
 from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
-from mllm.kernels.ops import Ops, ops_for
+from mllm.kernels.ops import Ops, decode_ops_for, ops_for
 from mllm.prompts import Prompt
 from mllm.tokenizer import Tokenizer
 from mllm.weights import Weights
@@ -24,12 +24,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @frozen(eq=False, kw_only=True)
 class Model:
-    """Constants that the stages close over. `tokenizer` is None where the folder has none, `images` (how pictures
-    become patches) where the model reads only text."""
+    """Constants that the stages close over.
+
+    `decode_ops` gives the ops of a decode step by its number of rows; None where `ops` serves it too. `tokenizer` is
+    None where the folder has none, `images` (how pictures become patches) where the model reads only text.
+    """
 
     config: Config
     weights: Weights
     ops: Ops
+    decode_ops: Callable[[int], Ops] | None = None
     tokenizer: Tokenizer | None = None
     images: ImageConfig | None = None
     name: str = ""
@@ -70,6 +74,7 @@ def load(
         config=config,
         weights=checkpoint.load(folder, config, device=_device(device), dtype=kind, progress=progress),
         ops=ops_for(device),
+        decode_ops=decode_ops_for(device),
         tokenizer=Tokenizer.load(folder),
         images=images,
         name=folder.name,
@@ -94,6 +99,7 @@ def dummy(
         config=parsed,
         weights=weights.random(parsed, seed=seed, device=_device(device), dtype=kind),
         ops=ops_for(device),
+        decode_ops=decode_ops_for(device),
         images=_image_config(None, parsed, name),
         name=name,
     )

@@ -8,6 +8,7 @@ in its comment. Shapes are those of `mllm.state.LEGEND`; `x` is the residual str
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -49,22 +50,26 @@ class Ops:
     merge: Callable[..., Tensor]  # x [X Ev], Merger or TapMerger -> [M E]
 
 
-def ops_for(device: str | torch.device, *, decode_rows: int | None = None) -> Ops:
-    """The table of a device: for batches of any shape, or for decode steps of `decode_rows` rows (one token each).
-
-    Raises `MissingPackageError` for a device without kernels, or where its kernels need a package that is not there.
-    """
+def ops_for(device: str | torch.device) -> Ops:
+    """The table of a device, for batches of any shape. Raises `MissingPackageError` for a device without kernels."""
     from mllm.kernels.reference import REFERENCE
 
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
+    if (kind := torch.device(device).type) not in ("cpu", "cuda"):
         raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu and cuda")
-    if kind == "cpu" or decode_rows is None:
-        return REFERENCE
+    return REFERENCE
+
+
+def decode_ops_for(device: str | torch.device) -> Callable[[int], Ops] | None:
+    """The tables of a device for decode steps, by their number of rows; None where its one table serves them too.
+
+    Raises `MissingPackageError` where the kernels need a package that is not there.
+    """
+    if torch.device(device).type != "cuda":
+        return None
     try:
         from mllm.kernels import cuda
     except ImportError as error:
         raise MissingPackageError(
             f"decoding on {device} needs {error.name}: pip install 'mllm-runtime[cuda]'"
         ) from None
-    return cuda.decode_ops(decode_rows, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
+    return partial(cuda.decode_ops, pdl=torch.cuda.get_device_capability(device) >= (9, 0))

@@ -282,7 +282,7 @@ def _scene_maker(kind: str, least: int, most: int, repeat: float = 0.0) -> Maker
         others = [k for k in _ASK if (different or k == "count") and (k != "shapes" or 0 < len(scene.shapes) <= 6)]
         items = [Example(kind, images, *asked)]
         for _ in range(more):
-            other = _pick(extra, others)
+            other = kind if extra.random() < 0.5 and kind != "shapes" else _pick(extra, others)
             if (further := _ASK[other](extra, scene)) is not None:
                 items.append(Example(other, images, *further))
         if more and extra.random() < 0.05:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,36 +82,52 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97), fused=torch.cuda.is_available())
 
 
-def rate_at(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate: linear warm-up, then a cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def rate_at(step: int, warmup: int, share: float) -> float:
+    """The part of the peak learning rate: linear warm-up, and a cosine to zero over the `share` done of the run."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def _stand_back(_: int) -> None:
+    """Leave the processor to the process that feeds the GPU."""
+    os.nice(10)
 
 
 def batches(args: argparse.Namespace, done: int, device: str) -> Iterator[Batch]:
-    """The batch of each step from `done` on. Drawing is slower than learning, so each batch is used `replay` times:
+    """The batch of each step from `done` on. Drawing is slower than learning, so batches are used again later,
 
-    once when it is drawn, and again at random later, out of the last few hundred.
+    picked at random out of the last few hundred: each `replay` times on average, or with a `replay` of 0 whenever
+    no new batch is ready.
     """
-    fresh = done // args.replay
-    stream = Stream(args.seed, args.batch, fresh, math.ceil(args.steps / args.replay) + 1)
+    fresh, rounds = done // max(args.replay, 1), max(args.replay, 1)
+    stream = Stream(args.seed, args.batch, fresh, math.ceil(args.steps / rounds) + 1)
     loader = DataLoader(stream, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda",
-                        prefetch_factor=3 if args.workers else None)  # fmt: skip
+                        prefetch_factor=8 if args.workers else None,
+                        worker_init_fn=_stand_back)  # fmt: skip
+    ready: queue.Queue[Batch] = queue.Queue(maxsize=16)
+    threading.Thread(target=lambda: [ready.put(batch) for batch in loader], daemon=True).start()
     generator = torch.Generator().manual_seed(args.seed + done)
     kept: list[Batch] = []
-    for number, batch in enumerate(loader):
-        batch = {k: v if k == "longest" else v.to(device, non_blocking=True) for k, v in batch.items()}
-        kept.append(batch) if len(kept) < args.keep else kept.__setitem__(number % args.keep, batch)
-        yield batch
-        for _ in range(args.replay - 1):
+    for step in range(args.steps - done):
+        wanted = step % rounds == 0 if args.replay else not kept or not ready.empty()
+        if not wanted:
             yield kept[int(torch.randint(len(kept), (), generator=generator))]
+            continue
+        batch = {k: v if k == "longest" else v.to(device, non_blocking=True) for k, v in ready.get().items()}
+        kept.append(batch)
+        if len(kept) > args.keep:
+            kept.pop(0)
+        yield batch
 
 
 def loss_of(model: Qwen3VLForConditionalGeneration, batch: Batch, device: str, noise: float) -> torch.Tensor:
+    """Cross-entropy; a token weighs less in a long answer, so that a count or a place is heard beside a description."""
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         logits = packed.decode(model, batch, packed.encode(model, batch, noise))
-    return F.cross_entropy(logits.float(), batch["labels"])
+    losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+    owner = batch["owner"]
+    lengths = torch.zeros(len(batch["starts"]) - 1, device=owner.device).index_add(0, owner, torch.ones_like(losses))
+    weights = lengths[owner].rsqrt()
+    return (losses * weights).sum() / weights.sum()
 
 
 def held_out_batches(each: int, workers: int, device: str, *, swap: bool = False) -> list[tuple[str, Batch]]:
@@ -147,7 +166,12 @@ def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
 
 def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForConditionalGeneration:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = fresh_model(args.seed).to(device)
+    model = fresh_model(args.seed)
+    if args.start:
+        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).state_dict())
+    model.to(device)
+    if args.compile:
+        packed.compile_parts()
     optimizer, done = optimizer_of(model, args.rate), 0
     state = args.out / "state.pt"
     if args.resume and state.exists():
@@ -157,12 +181,14 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForCon
         done = saved["step"]
     say(f"{sum(p.numel() for p in model.parameters())} parameters on {device}, from step {done} to {args.steps}")
     tests = held_out_batches(args.each, args.workers, device)
-    total, since, start = torch.zeros((), device=device), 0, time.perf_counter()
+    total, since, began = torch.zeros((), device=device), 0, time.perf_counter()
+    start = began
     for step, batch in enumerate(batches(args, done, device), done):
-        if step >= args.steps:
+        share = (time.perf_counter() - began) / (60 * args.minutes) if args.minutes else step / args.steps
+        if share >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = args.rate * rate_at(step, args.steps, args.warmup)
+            group["lr"] = args.rate * rate_at(step, args.warmup, share)
         # The noise on top of the drawn one differs each time that a batch is seen
         loss = loss_of(model, batch, device, noise=0.06 * (step % 7) / 6)
         loss.backward()
@@ -204,9 +230,12 @@ def finish(args: argparse.Namespace, tests: list[tuple[str, Batch]], device: str
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mllm.signs.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; the model goes to OUT/model")
+    parser.add_argument("--start", type=Path, help="a model folder to go on from, rather than new weights")
     parser.add_argument("--steps", type=int, default=30_000)
+    parser.add_argument("--minutes", type=float, default=0, help="end after so long, even before the last step")
+    parser.add_argument("--compile", action="store_true", help="fuse operations with torch.compile")
     parser.add_argument("--batch", type=int, default=256, help="drawn pictures, or pairs of them, in a batch")
-    parser.add_argument("--replay", type=int, default=2, help="how often each drawn batch is used")
+    parser.add_argument("--replay", type=int, default=2, help="how often each drawn batch is used; 0: as needed")
     parser.add_argument("--keep", type=int, default=400, help="drawn batches kept for that")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=600, help="steps")
