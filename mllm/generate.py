@@ -126,8 +126,7 @@ def _run(
     model: Model, made: Sequence[Request], max_running_requests: int | None, max_total_tokens: int | None
 ) -> Iterator[Piece]:
     """Check the limits, which are the caller's, and only then hand out the loop, which runs when it is asked."""
-    if max_running_requests is not None and max_running_requests < 1:
-        raise ValueError(f"max_running_requests: expected 1 or more, got {max_running_requests}")
+    requests.check_limit("max_running_requests", max_running_requests, 1)
     if not made:
         return iter(())
     rows = min(len(made), max_running_requests or MAX_ROWS)

@@ -27,9 +27,8 @@ def allocate(
     page_size = PAGE_SIZE.get(model.device.type, 64)
     needed = sorted((-(-request.slots // page_size) for request in made), reverse=True)
     pages = sum(needed[:rows])
+    requests.check_limit("max_total_tokens", max_total_tokens, page_size)
     if max_total_tokens is not None:
-        if max_total_tokens < page_size:
-            raise ValueError(f"max_total_tokens: expected a page of {page_size} or more, got {max_total_tokens}")
         pages = min(pages, max_total_tokens // page_size)
     pool = KVPool.empty(model.config.text, pages=pages, page_size=page_size, device=model.device, dtype=model.dtype)
     return pool, RequestTable.empty(rows=rows, pages=pages, page_size=page_size, row_pages=needed[0])

@@ -69,12 +69,22 @@ def make_all(
         raise TypeError("prompts: expected a sequence of prompts, got one; pass [prompt]")
     limits = _for_each(new_tokens, int, len(prompts), "max_new_tokens")
     settings = _for_each(sampling, Sampling, len(prompts), "sampling")
-    if wrong := [limit for limit in limits if limit < 1]:
-        raise ValueError(f"max_new_tokens: expected 1 or more, got {wrong[0]}")
+    for limit in limits:
+        check_limit("max_new_tokens", limit, 1)
     return [
         make(model, prompt, index=index, new_tokens=limit, sampling=own)
         for index, (prompt, limit, own) in enumerate(zip(prompts, limits, settings, strict=True))
     ]
+
+
+def check_limit(name: str, value: object, low: int) -> None:
+    """Raises `TypeError` or `ValueError` for a limit that is neither None nor a whole number of `low` or more."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a whole number or None, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name}: expected {low} or more, got {value}")
 
 
 def _for_each(value: Any, kind: type, count: int, name: str) -> list[Any]:

@@ -100,7 +100,7 @@ def argmax(logits: Tensor, *, pdl: bool) -> Tensor:
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
     argmax_kernel[(rows, parts)](logits, best, where, finite, vocabulary, PARTS=parts, BLOCK=block, **options(pdl))
     pick_kernel[(rows,)](
-        best, where, finite, tokens, PARTS=parts, PP=triton.next_power_of_2(parts), NOT_FINITE=NOT_FINITE, 
+        best, where, finite, tokens, PARTS=parts, PP=triton.next_power_of_2(parts), NOT_FINITE=NOT_FINITE,
         **options(pdl),
     )  # fmt: skip
     return tokens
