@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +65,14 @@ def test_there_is_one_version() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'dynamic = ["version"]' in project
     assert mllm.__version__ not in [line.split("=")[-1].strip(' "') for line in project.splitlines()]
+
+
+def test_the_command_is_the_function_that_the_project_names() -> None:
+    import mllm_cli
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["scripts"]["mllm"].partition(":")
+    assert getattr(importlib.import_module(module), name) is mllm_cli.main
 
 
 SIGNATURES = {
