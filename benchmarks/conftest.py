@@ -79,10 +79,15 @@ def session(request: pytest.FixtureRequest) -> Session:
     return _session(request.config)
 
 
-@pytest.fixture
-def case(session: Session, benchmark: Any) -> Iterator[Case]:
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
     with torch.inference_mode():
-        yield Case(session, benchmark)
+        yield
+
+
+@pytest.fixture
+def case(session: Session, benchmark: Any) -> Case:
+    return Case(session, benchmark)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import points
 from mllm import stages, state
-from mllm.batch import ForwardBatch
+from mllm.batch import ForwardBatch, pack, slots_of
 from mllm.cache import KVPool
 from mllm.kernels.reference import REFERENCE
 from mllm.model import Model
@@ -71,20 +71,27 @@ class Loop:
         pool, table, rows = points.memory(self.model, len(self.layouts), len(self.layouts[0].tokens))
         points.fill(self.model, pool, table, rows, self.layouts)
 
-    def slack(self, row: int) -> float:
-        """How far the tokens of a row lie below the best ones, at most, in standard deviations of the logits.
+    def check(self, row: int) -> tuple[float, float]:
+        """How wrong a row went: (slack of its tokens, error of its keys and values), 0 where all is right.
 
-        The judge is one prefill of the whole text by the reference ops: it shares neither the steps nor the cached
-        keys and values with the loop. 0 is a token for token match.
+        slack: how far a token lies below the best one, at most, in standard deviations of the logits.
+        error: of the keys and values that the steps left in the pool, relative to the largest. They tell more than
+        the tokens, because a model of random weights with tied embeddings repeats its last token whatever it attends to.
+        The judge is one prefill of the whole text by the reference ops, which shares neither steps nor pool.
         """
+        model, layout = self.model, self.layouts[row]
         made = [int(self.first[row]), *(int(tokens[row]) for tokens in self.tokens)]
-        layout = self.layouts[row]
         text = [*layout.tokens.tolist(), *made[:-1]]
-        pool, table, rows = points.memory(self.model, 1, len(text))
-        whole = points.lay_out(self.model, text)
-        batch = points.pack(table, [points.chunk(whole, rows[0])], device=self.model.device, every=False)
-        wanted = torch.arange(len(layout.tokens) - 1, len(text), device=self.model.device)
+        pool, table, rows = points.memory(model, 1, len(text))
+        batch = pack(table, [points.chunk(points.lay_out(model, text), rows[0])], device=model.device)
+        wanted = torch.arange(len(layout.tokens) - 1, len(text), device=model.device)
         batch = state.replace(batch, last=wanted)
-        _, logits = stages.prefill(self.model.weights, pool, batch, config=self.model.config, ops=REFERENCE)
+        pool, logits = stages.prefill(model.weights, pool, batch, config=model.config, ops=REFERENCE)
         chosen = logits.gather(1, torch.tensor(made, device=logits.device).unsqueeze(1)).squeeze(1)
-        return float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
+        slack = float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
+        mine = slots_of(self.table, row, len(layout.tokens), len(text)).to(model.device)
+        theirs = slots_of(table, rows[0], len(layout.tokens), len(text)).to(model.device)
+        if not len(mine):
+            return slack, 0.0
+        pairs = ((self.pool.keys, pool.keys), (self.pool.values, pool.values))
+        return slack, max(points.relative(a.flatten(1, 2)[:, mine], b.flatten(1, 2)[:, theirs]) for a, b in pairs)

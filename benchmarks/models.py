@@ -117,7 +117,7 @@ def _named(path: str, tensor: Tensor, model: Model, prefixes: dict[str, str]) ->
     """One field as the tensors that a checkpoint stores it in."""
     number = next((part for part in path.split(".") if part.isdecimal()), "")
     rule = RULES[path.replace(f".{number}.", ".#.") if number else path]
-    keys = [name.format(**prefixes).replace("#", number) for name in rule]
+    keys = [name.split(" ")[0].format(**prefixes).replace("#", number) for name in rule]  # sizes may follow
     text, vision = model.config.text, model.config.vision
     if path == "vision.patch" and vision is not None:  # a checkpoint has a kernel for each frame; they sum to ours
         frames, side = vision.temporal_patch_size, vision.patch_size

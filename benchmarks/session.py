@@ -78,6 +78,7 @@ class Case:
         self.device = session.settings.device
         self.enabled = not benchmark.disabled
         self.seconds: float | None = None  # the median of the timed rounds
+        self.rounds = 1  # that were timed
 
     def time(
         self,
@@ -97,8 +98,9 @@ class Case:
         make = setup or (lambda: ((), {}))
         if self.enabled and rounds is None:
             rounds = self._rounds(fn, make)
+        self.rounds = rounds or 1
         fn = clock.synced(fn, self.device)
-        out = self.benchmark.pedantic(fn, setup=make, rounds=rounds or 1, warmup_rounds=warmup)
+        out = self.benchmark.pedantic(fn, setup=make, rounds=self.rounds, warmup_rounds=warmup)
         if self.enabled:
             self.seconds = self.benchmark.stats.stats.median
             self.note(wall_ms=self.seconds * 1e3)

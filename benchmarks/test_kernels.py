@@ -1,0 +1,57 @@
+"""Every op of the device's table at the model's shapes, each against the reference op in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+from benchmarks import points
+from benchmarks.op_cases import Arguments
+from benchmarks.session import Case
+from mllm import state
+from mllm.kernels.ops import Ops
+from mllm.kernels.reference import REFERENCE
+
+OPS = [f.name for f in attrs.fields(Ops)]
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # max |a - b| / max |b| after one op
+
+
+def double(tree: Any) -> Any:
+    """The same arguments in float64, and copied, so that an op that writes does not write twice."""
+    return state.map_leaves(lambda t: t.double() if t.dtype in CLOSE else t.clone(), tree)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.benchmark(group="kernels")
+def test_kernels(case: Case, batch: int, op: str) -> None:
+    model = case.session.model
+    try:
+        made = Arguments(model, batch).of(op)
+    except points.TooLarge as error:
+        pytest.skip(str(error))
+    fn = getattr(model.ops, op)
+    fresh = made.args
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """An op that writes gets its own copies each time, or a sum would grow without bound."""
+        nonlocal fresh
+        if made.writes:
+            fresh = tuple(state.clone(arg) if i in made.writes else arg for i, arg in enumerate(made.args))
+        return fresh, made.kwargs
+
+    out = case.time(fn, setup, work=made.work)
+    case.note(batch_size=batch, op=op)
+    if op in ("plan", "vision_plan"):  # the table's own business; attend_ and attend_images show whether it is right
+        return
+    exact = double(made.args) if op != "sample" else state.clone(made.args)
+    expected = getattr(REFERENCE, op)(*exact, **made.kwargs)
+    written = [fresh[i] for i in made.writes]
+    for got, want in zip(state.leaves((out, written)), state.leaves((expected, [exact[i] for i in made.writes])),
+                         strict=True):  # fmt: skip
+        if got.is_floating_point():
+            assert points.relative(got, want) <= CLOSE[model.dtype]
+        else:
+            assert torch.equal(got, want)

@@ -1,0 +1,66 @@
+"""Multimodal prefill: the vision encoder and the prompt behind it, together. `vit` times the encoder alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import clock, figures, points
+from benchmarks.checks import RELATIVE
+from benchmarks.session import Case
+from mllm import stages
+from mllm.batch import VisionTokens, pack
+from mllm.kernels.ops import Ops
+from mllm.kernels.reference import REFERENCE
+
+TEXT = 32  # tokens of text beside the picture where no length was asked for
+
+
+@pytest.mark.benchmark(group="multimodal_prefill")
+def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
+    session = case.session
+    session.needs_vision()
+    model, s = session.model, session.settings
+    vision, weights = model.config.vision, model.weights.vision
+    assert vision is not None
+    assert weights is not None
+    picture = points.picture(s.image)
+    text = points.text_tokens(model, 1, TEXT, s.prompt)[0]
+    try:
+        layout = points.lay_out(model, points.multimodal_tokens(model, picture, image_len or None, text), picture)
+    except ValueError as error:
+        if s.input_len is not None and s.image is not None:
+            raise  # what was asked for cannot be
+        pytest.skip(str(error))
+    length, count = len(layout.tokens), layout.counts[0]
+    session.fits(batch, length)
+    box = {}
+    box["pool"], table, rows = points.memory(model, batch, length)
+    tokens = pack(table, [points.chunk(layout, row) for row in rows], device=model.device)
+    at = [row * length + layout.starts[0] + i for row in range(batch) for i in range(count)]
+    patches = points.patches_of(model, [picture] * batch, at)
+
+    def encode(ops: Ops) -> VisionTokens:
+        return stages.vit(weights, patches, config=vision, ops=ops)
+
+    def call(pool, ops=model.ops):  # noqa: ANN001, ANN202
+        box["pool"], logits = stages.prefill(model.weights, pool, tokens, encode(ops), config=model.config, ops=ops)
+        return logits
+
+    item, grid = model.dtype.itemsize, layout.grids[0]
+    work = figures.vit(vision, patches=(grid[0] * grid[1],) * batch, itemsize=item)
+    work += figures.prefill(model.config.text, rows=batch, length=length, itemsize=item)
+    logits = case.time(call, lambda: ((box["pool"],), {}), work=work)
+    assert points.relative(logits, call(box["pool"], REFERENCE)) <= RELATIVE[model.dtype]
+    assert points.relative(logits, logits[:1].expand_as(logits)) <= RELATIVE[model.dtype], "equal rows differ"
+
+    if case.seconds is not None:
+        alone = min(clock.wall(lambda: encode(model.ops), case.device) for _ in range(3))
+        case.row(
+            batch_size=batch, input_len=length, output_len=1, cuda_graph=False,
+            vit_prefill_ms=alone * 1e3, vit_prefill_tokens=batch * count,
+            vit_prefill_throughput=batch * count / alone,
+            multimodal_prefill_ms=case.seconds * 1e3, multimodal_prefill_tokens=batch * length,
+            multimodal_prefill_throughput=batch * length / case.seconds,
+        )  # fmt: skip
+    name = f"multimodal-bs={batch}-in={length}-image={count}"
+    case.trace("prefill", name, lambda: call(box["pool"]))

@@ -1,0 +1,151 @@
+"""Comparing two result files of the benchmarks: `mllm compare base.json new.json --fail-above 5%`.
+
+pytest-benchmark's own comparison looks only at cases whose names are in both files: it passes when a case was renamed
+or dropped, even when none is left. Here a case that is in one file alone is a failure too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+
+@frozen(kw_only=True)
+class Change:
+    """One case in both files; medians in seconds. `spread` is the larger interquartile range over the median."""
+
+    name: str
+    old: float
+    new: float
+    spread: float
+
+    @property
+    def ratio(self) -> float:
+        """1.1 is 10 % slower."""
+        return self.new / self.old
+
+
+@frozen(kw_only=True)
+class Comparison:
+    """What two files have in common, and what only one of them has."""
+
+    changes: tuple[Change, ...]
+    missing: tuple[str, ...]
+    added: tuple[str, ...]
+    hardware: tuple[str, str]
+
+    def slower(self, threshold: float) -> tuple[Change, ...]:
+        """The cases whose median grew by more than `threshold` (0.05 is 5 %)."""
+        return tuple(change for change in self.changes if change.ratio > 1 + threshold)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A result file. Raises `ValueError` for one that pytest-benchmark did not write."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path}: not JSON") from None
+    if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
+        raise ValueError(f"{path}: not a result file of pytest --benchmark-json")
+    return data
+
+
+def cases(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cases by file and name, whatever folder pytest was started in: test_vit.py::test_vit[grid=16x16]."""
+    return {case["fullname"].rpartition("/")[2]: case for case in data["benchmarks"]}
+
+
+def hardware(data: dict[str, Any]) -> str:
+    """What was measured on, as far as it decides whether two figures may be compared."""
+    machine = data.get("machine_info", {})
+    gpu = machine.get("gpu", {}).get("name")
+    return str(gpu or machine.get("cpu", {}).get("brand_raw") or machine.get("machine"))
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
+    """Match the cases of two files by name."""
+    before, after = cases(old), cases(new)
+    changes = []
+    for name in sorted(before.keys() & after.keys()):
+        a, b = before[name]["stats"], after[name]["stats"]
+        spread = max(a["iqr"] / a["median"], b["iqr"] / b["median"])
+        changes.append(Change(name=name, old=a["median"], new=b["median"], spread=spread))
+    return Comparison(
+        changes=tuple(changes),
+        missing=tuple(sorted(before.keys() - after.keys())),
+        added=tuple(sorted(after.keys() - before.keys())),
+        hardware=(hardware(old), hardware(new)),
+    )
+
+
+def percent(text: str) -> float:
+    """ "5%" or "5" to 0.05."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a percentage like 5%, got {text!r}") from None
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a percentage of 0 or more, got {text!r}")
+    return value / 100
+
+
+def table(found: Comparison, threshold: float) -> str:
+    """One line a case: medians in milliseconds, the change, the spread of the rounds, and what is wrong with it."""
+    width = max((len(name) for name in (*(c.name for c in found.changes), *found.missing, *found.added)), default=4)
+    lines = [f"{'case':{width}}  {'old ms':>10}  {'new ms':>10}  {'change':>8}  {'spread':>7}"]
+    slow = set(found.slower(threshold))
+    for c in found.changes:
+        line = f"{c.name:{width}}  {c.old * 1e3:10.4f}  {c.new * 1e3:10.4f}  {c.ratio - 1:+8.1%}  {c.spread:7.1%}"
+        lines.append(line + ("  SLOWER" if c in slow else ""))
+    lines += [f"{name:{width}}  MISSING from the new file" for name in found.missing]
+    lines += [f"{name:{width}}  NEW: not in the old file" for name in found.added]
+    return "\n".join(lines)
+
+
+def problems(found: Comparison, threshold: float, *, allow_new: bool = False) -> list[str]:
+    """Why the comparison fails; nothing where it does not."""
+    wrong = []
+    if found.hardware[0] != found.hardware[1]:
+        wrong.append(f"measured on different hardware: {found.hardware[0]} and {found.hardware[1]}")
+    if not found.changes:
+        wrong.append("no case is in both files")
+    if found.missing:
+        wrong.append(f"{len(found.missing)} cases of the old file are missing (renamed, skipped or not run)")
+    if found.added and not allow_new:
+        wrong.append(f"{len(found.added)} cases are new (--allow-new accepts them)")
+    if slow := found.slower(threshold):
+        worst = max(slow, key=lambda change: change.ratio)
+        wrong.append(f"{len(slow)} cases are more than {threshold:.0%} slower, most of all {worst.name}: "
+                     f"{worst.ratio - 1:+.1%}")  # fmt: skip
+    return wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit code 0: as quick as before; 1: slower, or other cases; 2: unreadable files."""
+    parser = argparse.ArgumentParser(prog="mllm compare", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("base", help="result file to compare with")
+    parser.add_argument("new", help="result file to judge")
+    parser.add_argument("--fail-above", type=percent, default=0.05, metavar="PERCENT",
+                        help="growth of a median that is a failure (default: 5%%)")  # fmt: skip
+    parser.add_argument("--allow-new", action="store_true", help="cases that only the new file has are no failure")
+    args = parser.parse_args(argv)
+    try:
+        found = compare(read(args.base), read(args.new))
+    except ValueError as error:
+        print(f"mllm compare: {error}", file=sys.stderr)
+        return 2
+    print(table(found, args.fail_above))
+    wrong = problems(found, args.fail_above, allow_new=args.allow_new)
+    for line in wrong:
+        print(f"FAILED: {line}", file=sys.stderr)
+    if not wrong:
+        print(f"{len(found.changes)} cases, none more than {args.fail_above:.0%} slower")
+    return 1 if wrong else 0
