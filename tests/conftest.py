@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Nothing may be fetched by a test, and the tokenizers' own threads only fight over the cores.
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
@@ -29,7 +30,7 @@ from tiny import Tiny, make_tiny  # noqa: E402  (after its asserts are set to be
 # every sum, and so every last bit, is the same on any number of cores.
 torch.set_num_threads(1)
 
-COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+COMMON: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("same", max_examples=100, derandomize=True, database=None, **COMMON)
 settings.register_profile("thorough", max_examples=1000, print_blob=True, **COMMON)
 
@@ -67,7 +68,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     """Tiny models that transformers itself wrote, one for each set of keywords in a session: see `tiny.make_tiny`."""
     made: dict[str, Tiny] = {}
 
-    def get(**options: object) -> Tiny:
+    def get(**options: Any) -> Tiny:
         key = repr(sorted(options.items()))
         if key not in made:
             made[key] = make_tiny(tmp_path_factory.mktemp("checkpoint"), **options)

@@ -205,7 +205,7 @@ def test_opposite_infinities_fail_the_row() -> None:
 
 def test_a_thousand_random_settings_draw_a_token_that_is_kept() -> None:
     random = np.random.default_rng(0)
-    extreme = {
+    extreme: dict[str, list[Any]] = {
         "temperature": [0.0, 1e-45, 1e-38, 1e-20, 1e-6, 1e4], "top_k": [0, 1, 2**31 - 1],
         "top_p": [5e-324, 1e-45, 1e-9, 1.0], "min_p": [0.0, 5e-324, 1.0], "seed": [0, 2**32, 2**63 - 1],
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import pytest
 import torch
@@ -40,9 +42,9 @@ class Nest(State):
     maybe: Tensor | None = tensor("L")
 
 
-def pair(rows: int = 2, **changes: object) -> Pair:
-    values = {"a": torch.arange(rows * 3.0).view(rows, 3), "b": torch.arange(rows + 1, dtype=torch.int32)}
-    return Pair(**{**values, **changes})  # type: ignore[arg-type]
+def pair(rows: int = 2, **changes: Any) -> Pair:
+    values: dict[str, Any] = {"a": torch.arange(rows * 3.0).view(rows, 3), "b": torch.arange(rows + 1, dtype=torch.int32)}
+    return Pair(**{**values, **changes})
 
 
 def nest() -> Nest:
@@ -62,7 +64,7 @@ def nest() -> Nest:
     ],
 )
 def test_a_wrong_shape_or_dtype_fails_where_it_is_made_and_says_what_was_expected(
-    changes: dict[str, Tensor], words: str
+    changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ShapeError, match=words):
         pair(**changes)
@@ -171,7 +173,7 @@ def test_a_signature_is_everything_but_the_numbers() -> None:
 def test_every_letter_of_every_state_is_in_the_legend() -> None:
     import mllm  # noqa: F401  (defines them all)
 
-    seen = set()
+    seen: set[str] = set()
 
     def visit(cls: type[State]) -> None:
         for sub in cls.__subclasses__():

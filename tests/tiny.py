@@ -141,7 +141,8 @@ def their_inputs(model: Tiny, tokens: Sequence[int], images: Sequence[Image.Imag
 
 def examples(count: int, **more: Any) -> settings:
     """`hypothesis.settings` for `count` drawn examples; ten times as many with --thorough."""
-    return settings(max_examples=count * settings.default.max_examples // 100, **more)
+    profile = settings.default or settings()
+    return settings(max_examples=count * profile.max_examples // 100, **more)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
