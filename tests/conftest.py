@@ -5,7 +5,7 @@
     pytest --thorough            ten times the drawn examples, with a fresh seed each time
 
 Tests assert with plain `assert`. Under `python -O` they still do: pytest rewrites the asserts of test modules, of
-conftest and of the helpers registered below into explicit raises before Python could strip them.
+conftest and of the modules registered below into explicit raises before Python could strip them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Tiny]]:
-    """Tiny models that transformers itself wrote, one for each set of keywords in a session: see `tiny.make_tiny`."""
+    """Tiny models that transformers itself wrote, one for each set of keywords: see `tiny.make_tiny`."""
     made: dict[str, Tiny] = {}
 
     def get(**options: Any) -> Tiny:
