@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,7 +64,7 @@ def get(name: str, *, device: str, dtype: torch.dtype) -> Model:
         raise ValueError(f"--model: no folder and no model is called {name!r}; names are {', '.join(known())}")
     if name in families.PRESETS:
         return mllm.dummy(name, device=device, dtype=dtype)
-    return mllm.dummy(families.parse(SMALL[name], source=name), device=device, dtype=dtype)
+    return attrs.evolve(mllm.dummy(families.parse(SMALL[name], source=name), device=device, dtype=dtype), name=name)
 
 
 def known() -> tuple[str, ...]:
