@@ -1,4 +1,4 @@
-"""The suite's options, what a case gets, and what goes into the results. See `benchmarks/settings.py` for the options."""
+"""The options, what a case gets, and what goes into the results. `benchmarks/settings.py` declares the options."""
 
 from __future__ import annotations
 

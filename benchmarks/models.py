@@ -59,7 +59,8 @@ def config_json(name: str) -> dict[str, Any]:
 def get(name: str, *, device: str, dtype: torch.dtype) -> Model:
     """A model by folder or name. Raises `ValueError` for neither."""
     if Path(name).is_dir():
-        return mllm.load(name, device=device, dtype=dtype)
+        model = mllm.load(name, device=device, dtype=dtype)
+        return attrs.evolve(model, name="signs") if Path(name).resolve() == signs.FOLDER else model
     if name not in SMALL and name not in families.PRESETS:
         raise ValueError(f"--model: no folder and no model is called {name!r}; names are {', '.join(known())}")
     if name in families.PRESETS:

@@ -58,12 +58,12 @@ class Arguments:
         return ops.plan(batch, config=self.text, page_size=points.PAGE_SIZE[model.device.type], dtype=model.dtype)
 
     def of(self, op: str) -> OpCase:
-        """The case of one op. Raises `points.TooLarge` for an op of the encoder where the model has none."""
+        """The case of one op. Raises `points.TooLargeError` for an op of the encoder where the model has none."""
         build = _TEXT.get(op) or _VISION.get(op)
         if build is None:
             raise KeyError(f"no case for op {op!r}: add one to benchmarks/op_cases.py")
         if op in _VISION and self.model.weights.vision is None:
-            raise points.TooLarge(f"{self.model.name} reads no pictures")
+            raise points.TooLargeError(f"{self.model.name} reads no pictures")
         return build(self)
 
 

@@ -26,7 +26,7 @@ CHUNK = 8192  # tokens in one prefill where only its result is wanted
 POOL_SHARE = 0.5  # of the memory that is free at the start may go to the KV pool
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """A point that cannot run here; the message is the arithmetic."""
 
 
@@ -38,13 +38,13 @@ class Room:
     context: int
 
     def check(self, rows: int, input_len: int, output_len: int = 0) -> None:
-        """Raises `TooLarge` unless `rows` requests of that length fit."""
+        """Raises `TooLargeError` unless `rows` requests of that length fit."""
         total = input_len + output_len
         if total > self.context:
-            raise TooLarge(f"{input_len}+{output_len} = {total} tokens > {self.context} of context")
+            raise TooLargeError(f"{input_len}+{output_len} = {total} tokens > {self.context} of context")
         if rows > self.pool_tokens // total:
             need = rows * total
-            raise TooLarge(f"{rows} x ({input_len}+{output_len}) = {need} tokens > {self.pool_tokens} in the pool")
+            raise TooLargeError(f"{rows} x ({input_len}+{output_len}) = {need} tokens > {self.pool_tokens} in the pool")
 
 
 def room(model: Model, max_total_tokens: int | None) -> Room:
@@ -105,9 +105,7 @@ def memory(model: Model, rows: int, tokens: int) -> tuple[KVPool, RequestTable, 
     """A pool and table that just hold `rows` requests of `tokens` tokens, and the rows, admitted."""
     size = PAGE_SIZE[model.device.type]
     each = -(-tokens // size)
-    pool = KVPool.empty(
-        model.config.text, pages=rows * each, page_size=size, device=model.device, dtype=model.dtype
-    )
+    pool = KVPool.empty(model.config.text, pages=rows * each, page_size=size, device=model.device, dtype=model.dtype)
     table = RequestTable.empty(rows=rows, pages=rows * each, page_size=size, row_pages=each)
     table, admitted = stages.admit(table, [tokens] * rows)
     return pool, table, admitted
@@ -142,9 +140,7 @@ def carry(
     model: Model, table: RequestTable, rows: Sequence[int], tokens: Sequence[int], delta: Sequence[int], total: int
 ) -> ForwardBatch:
     """The decode batch of rows that will grow to `total` tokens: every page is listed from the start."""
-    return decode_batch(
-        table, rows, tokens, delta, size=len(rows), listed=table.pages_for(total), device=model.device
-    )
+    return decode_batch(table, rows, tokens, delta, size=len(rows), listed=table.pages_for(total), device=model.device)
 
 
 def greedy(model: Model, rows: int) -> SamplingBatch:
@@ -186,7 +182,7 @@ def _patch_batch(
 
 def _image_config(model: Model) -> ImageConfig:
     if model.images is None:
-        raise TooLarge(f"{model.name} reads no pictures")
+        raise TooLargeError(f"{model.name} reads no pictures")
     return model.images
 
 

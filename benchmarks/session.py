@@ -57,7 +57,7 @@ class Session:
         """Skip the case, with the arithmetic, where the KV pool or the context cannot hold the point."""
         try:
             self.room.check(rows, input_len, output_len)
-        except points.TooLarge as error:
+        except points.TooLargeError as error:
             pytest.skip(str(error))
 
     def needs_vision(self) -> None:

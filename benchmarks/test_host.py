@@ -32,7 +32,7 @@ def idle_ops(model: Model, rows: int) -> Ops:
     )
 
 
-def replay_nothing(run):  # noqa: ANN001, ANN201
+def replay_nothing(run):
     """A recorder like that of CUDA graphs, whose replay is one call that the device works on; here on nothing."""
     out = run()
     kept = state.alias(out)  # `out` is the caller's, who will donate it

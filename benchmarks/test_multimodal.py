@@ -42,7 +42,7 @@ def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
     def encode(ops: Ops) -> VisionTokens:
         return stages.vit(weights, patches, config=vision, ops=ops)
 
-    def call(pool, ops=model.ops):  # noqa: ANN001, ANN202
+    def call(pool, ops=model.ops):
         box["pool"], logits = stages.prefill(model.weights, pool, tokens, encode(ops), config=model.config, ops=ops)
         return logits
 

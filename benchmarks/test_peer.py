@@ -57,7 +57,7 @@ def test_peer_prefill(case: Case, pairs: Any, peer: str, batch: int) -> None:
         theirs.append(clock.wall(lambda: box.update(expected=other.prefill()), case.device))
         return (box["pool"],), {}
 
-    def call(pool):  # noqa: ANN001, ANN202
+    def call(pool):
         box["pool"], logits = stages.prefill(model.weights, pool, tokens, config=model.config, ops=model.ops)
         return logits
 

@@ -23,7 +23,7 @@ def test_prefill(case: Case, batch: int, input_len: int) -> None:
     box["pool"], table, rows = points.memory(model, batch, input_len)
     tokens = pack(table, [points.chunk(lay, row) for lay, row in zip(layouts, rows, strict=True)], device=model.device)
 
-    def call(pool):  # noqa: ANN001, ANN202
+    def call(pool):
         box["pool"], logits = stages.prefill(model.weights, pool, tokens, config=model.config, ops=model.ops)
         return logits
 

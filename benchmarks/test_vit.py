@@ -37,7 +37,7 @@ def _run(case: Case, patches: PatchBatch, name: str) -> None:
     count, tokens = len(patches.patches), len(patches.at)
     work = figures.vit(vision, patches=(count,), itemsize=model.dtype.itemsize)
 
-    def call():  # noqa: ANN202
+    def call():
         return stages.vit(weights, patches, config=vision, ops=model.ops)
 
     out = case.time(call, work=work)

@@ -18,6 +18,7 @@ from mllm import compare
 from mllm.errors import MissingPackageError
 
 Case = dict[str, Any]
+Points = list[tuple[float, float]]
 COLOURS = {"vit": "C0", "prefill": "C1", "multimodal_prefill": "C2", "decode": "C3", "kernels": "C7"}
 MARKERS = {"vit": "s", "prefill": "o", "multimodal_prefill": "D", "decode": "^", "kernels": "."}
 
@@ -62,24 +63,29 @@ def _title(cases: list[Case], data: dict[str, Any]) -> str:
     return compare.hardware(data)
 
 
-def _lines(cases: list[Case], group: str, along: str, value: Callable[[Case], float]) -> dict[str, list[tuple[float, float]]]:
+def _lines(cases: list[Case], group: str, along: str, value: Callable[[Case], float]) -> dict[str, Points]:
     """Points (case[along], value), sorted, by the name of the line that joins them."""
     other = "batch_size" if along == "input_len" else "input_len"
     word = {"batch_size": "rows", "input_len": "tokens"}[other]
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    found: dict[tuple[int, str], Points] = defaultdict(list)
     for case in cases:
         if case["group"] == group and "wall_ms" in case and along in case:
             mode = "" if "captured" not in case else ", captured" if case["captured"] else ", eager"
-            found[f"{case[other]} {word}{mode}"].append((case[along], value(case)))
-    return {name: sorted(points) for name, points in sorted(found.items(), key=lambda item: int(item[0].split()[0]))}
+            found[case[other], mode].append((case[along], value(case)))
+    return {
+        f"{count} {word[:-1] if count == 1 else word}{mode}": sorted(points)
+        for (count, mode), points in sorted(found.items())
+    }
 
 
-def _panels(pyplot: Any, panels: Sequence[tuple[str, dict[str, list[tuple[float, float]]]]], x: str, y: str) -> Any:
+def _panels(pyplot: Any, panels: Sequence[tuple[str, dict[str, Points]]], x: str, y: str) -> Any:
     """Log-log panels side by side; none where there is nothing in them."""
     panels = [(title, lines) for title, lines in panels if lines]
     if not panels:
         return None
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False, layout="constrained"
+    )
     for axis, (title, lines) in zip(axes[0], panels, strict=True):
         for name, points in lines.items():
             axis.plot(*zip(*points, strict=True), marker="o", label=name, linestyle="--" if "eager" in name else "-")
@@ -141,6 +147,7 @@ def _roofline(pyplot: Any, cases: list[Case], data: dict[str, Any]) -> Any:
         mine = [(x, case["tflop_s"]) for x, case in zip(intensity, points, strict=True) if case["group"] == group]
         if mine:
             axis.scatter(*zip(*mine, strict=True), color=COLOURS[group], marker=MARKERS[group], label=group, zorder=3)
+    axis.set_ylim(bottom=roof[0][1] / 30)  # what only moves a few bytes lies far below every roof
     axis.set(xlabel="flops per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize="small")

@@ -86,9 +86,9 @@ def test_rates_are_work_over_time_and_the_share_of_the_limit() -> None:
 def test_a_point_that_does_not_fit_says_its_arithmetic() -> None:
     room = points.Room(pool_tokens=12288, context=4096)
     room.check(5, 2048, 128)
-    with pytest.raises(points.TooLarge, match=r"8 x \(2048\+128\) = 17408 tokens > 12288 in the pool"):
+    with pytest.raises(points.TooLargeError, match=r"8 x \(2048\+128\) = 17408 tokens > 12288 in the pool"):
         room.check(8, 2048, 128)
-    with pytest.raises(points.TooLarge, match=r"4000\+128 = 4128 tokens > 4096 of context"):
+    with pytest.raises(points.TooLargeError, match=r"4000\+128 = 4128 tokens > 4096 of context"):
         room.check(1, 4000, 128)
 
 
@@ -185,7 +185,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-k", "vit or test_prefill or test_decode or multimodal", "--benchmark-json", str(folder / "out.json"),
         "--result-jsonl", str(folder / "rows.jsonl"), "--trace-dir", str(folder / "traces"), "--trace-stage", "decode",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)  # noqa: S603
     assert done.returncode == 0, done.stdout[-3000:]
     (folder / "log").write_text(done.stdout)
     return folder
