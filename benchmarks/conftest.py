@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     settings.add_options(parser)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A run that times nothing takes one thread: on a busy machine the threads mostly wait for each other."""
+    if config.getoption("benchmark_disable", default=False):
+        torch.set_num_threads(1)
+
+
 def _settings(config: pytest.Config) -> settings.Settings:
     """Read once. When pytest runs on a folder above, options that it never declared have their defaults."""
     if SETTINGS not in config.stash:

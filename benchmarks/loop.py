@@ -75,8 +75,8 @@ class Loop:
         """How wrong a row went: (slack of its tokens, error of its keys and values), 0 where all is right.
 
         slack: how far a token lies below the best one, at most, in standard deviations of the logits.
-        error: of the keys and values that the steps left in the pool, relative to the largest. They tell more than
-        the tokens, because a model of random weights with tied embeddings repeats its last token whatever it attends to.
+        error: of the keys and values that the steps left in the pool, relative to the largest. They tell more than the
+        tokens: a model of random weights with tied embeddings repeats its last token, whatever it attends to.
         The judge is one prefill of the whole text by the reference ops, which shares neither steps nor pool.
         """
         model, layout = self.model, self.layouts[row]

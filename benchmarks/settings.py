@@ -55,7 +55,7 @@ class Option:
 
 
 OPTIONS = {
-    "model": Option(default=None, help="a model folder, a public model's name (random weights), small-text or small-vl"),
+    "model": Option(default=None, help="a folder, a public model's name (random weights), small-text or small-vl"),
     "device": Option(default="cpu", help="cpu, cuda or cuda:N"),
     "dtype": Option(default=None, help="float32, bfloat16 or float16; by device where left out"),
     "batch": Option(default="1,8", read=numbers, help="rows, like 1,8"),

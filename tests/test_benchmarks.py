@@ -185,7 +185,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-k", "vit or test_prefill or test_decode or multimodal", "--benchmark-json", str(folder / "out.json"),
         "--result-jsonl", str(folder / "rows.jsonl"), "--trace-dir", str(folder / "traces"), "--trace-stage", "decode",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)  # noqa: S603
     assert done.returncode == 0, done.stdout[-3000:]
     (folder / "log").write_text(done.stdout)
     return folder
