@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mllm.config import Config
 from mllm.errors import CheckpointError
-from mllm.weights import Weights, build
+from mllm.weights import Weights, build, empty
 
 # Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
 # the prefixes of the family, below. A stored tensor has the shape of its field, unless sizes follow its name.
@@ -123,7 +123,7 @@ def load(
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
-            return _stack(joined[path], shape, device, kind)
+            return _stack(joined[path], empty(path, config, shape, device=device, dtype=kind))
 
         return build(config, make)
 
@@ -163,9 +163,8 @@ def _join(config: Config, parts: Mapping[str, Part], folder: Path) -> dict[str, 
     return joined
 
 
-def _stack(group: list[Part], shape: tuple[int, ...], device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor of one field. Parts are copied into place one by one, so the peak is one part above the result."""
-    out = torch.empty(shape, dtype=dtype, device=device)
+def _stack(group: list[Part], out: Tensor) -> Tensor:
+    """Fill the tensor of one field. Parts are read one by one, so the peak is one part above the result."""
     row = 0
     for part in group:
         value = part.read()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from mllm import checkpoint, families, prompts, weights
+from mllm import checkpoint, families, prompts, signs, weights
 from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
@@ -52,7 +52,7 @@ class Model:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
@@ -61,10 +61,11 @@ def load(
 ) -> Model:
     """Load a local Hugging Face folder: `config.json`, safetensors (sharded or not), and a tokenizer if it has one.
 
+    Without a path it is "signs", the small model that ships with the package (`mllm.signs`).
     `dtype` "auto" keeps what config.json or else the files say. `ignore_config` names keys of config.json to pass
     over. Nothing is downloaded. Raises `ConfigError` and `CheckpointError` naming file and key or tensor.
     """
-    folder = Path(path)
+    folder = signs.FOLDER if path is None else Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
     config = families.read(folder, ignore=ignore_config)
@@ -77,7 +78,7 @@ def load(
         decode_ops=decode_ops_for(device),
         tokenizer=Tokenizer.load(folder),
         images=images,
-        name=folder.name,
+        name="signs" if path is None else folder.name,
     )
 
 

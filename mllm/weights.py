@@ -137,6 +137,20 @@ def _build(cls: type[S], sizes: Mapping[str, int], make: Make, prefix: str, skip
     return cls(**values)
 
 
+def empty(
+    path: str, config: Config, shape: tuple[int, ...], *, device: str | torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Room for one parameter.
+
+    On a CPU a matrix with more outputs than inputs lies column by column: MKL's products with few rows read it up to
+    2.3 times as fast so, and with many rows as fast. What is only looked up, row by row, lies in rows.
+    """
+    looked_up = path == "vision.position" or (path == "text.embed" and not config.text.tie_word_embeddings)
+    by_column = torch.device(device).type == "cpu" and len(shape) == 2 and shape[0] > shape[1] and not looked_up
+    made = torch.empty(shape[::-1] if by_column else shape, dtype=dtype, device=device)
+    return made.t() if by_column else made
+
+
 def random(config: Config, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype) -> Weights:
     """Weights of the right shapes with no meaning: normal with deviation 0.02, norms around 1.
 
@@ -146,6 +160,7 @@ def random(config: Config, *, seed: int = 0, device: str | torch.device = "cpu",
 
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
         noise = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        noise = empty(path, config, shape, device=device, dtype=dtype).copy_(noise)
         name = path.rpartition(".")[2]
         is_scale = "norm" in name and not name.endswith("bias")
         return noise.add_(1.0) if is_scale else noise

@@ -23,6 +23,7 @@ from mllm import weights
 from mllm.batch import Chunk, ForwardBatch, PatchBatch, pack
 from mllm.config import TextConfig, VisionConfig
 from mllm.errors import MissingPackageError
+from mllm.kernels.cpu import CPU
 from mllm.kernels.ops import Ops, ops_for
 from mllm.kernels.reference import REFERENCE
 from mllm.kernels.reference_vision import position_embedding
@@ -34,6 +35,7 @@ from mllm.table import RequestTable
 
 TABLES: dict[str, tuple[Ops, str]] = {  # name -> the table, the kind of device it runs on
     "reference": (REFERENCE, "cpu"),
+    "cpu": (CPU, "cpu"),
     "reference-cuda": (REFERENCE, "cuda"),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -303,7 +305,7 @@ def test_every_op_of_the_table_has_a_case() -> None:
 
 
 def test_a_device_without_a_table_is_an_error_that_lists_those_with_one() -> None:
-    assert ops_for("cpu") is REFERENCE
+    assert ops_for("cpu") is CPU
     with pytest.raises(MissingPackageError, match=r"meta.*cpu"):
         ops_for("meta")
 

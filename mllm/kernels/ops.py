@@ -52,11 +52,13 @@ class Ops:
 
 def ops_for(device: str | torch.device) -> Ops:
     """The table of a device, for batches of any shape. Raises `MissingPackageError` for a device without kernels."""
+    from mllm.kernels.cpu import CPU
     from mllm.kernels.reference import REFERENCE
 
-    if (kind := torch.device(device).type) not in ("cpu", "cuda"):
-        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu and cuda")
-    return REFERENCE
+    tables = {"cpu": CPU, "cuda": REFERENCE}
+    if (kind := torch.device(device).type) not in tables:
+        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for {', '.join(tables)}")
+    return tables[kind]
 
 
 def decode_ops_for(device: str | torch.device) -> Callable[[int], Ops] | None:

@@ -84,6 +84,11 @@ def attend_(
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [P*S K D]: views, one row a slot
     keys.index_copy_(0, plan.slots, k)
     values.index_copy_(0, plan.slots, v)
+    return attend(q, keys, values, plan)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
+    """Queries [T H D] over the contexts of their rows, whose keys and values are in the pool [P*S K D]: [T A]."""
     if plan.context is not None:
         return _attend_rows(q, keys, values, plan.context, plan.mask)
     parts = zip(plan.spans, plan.contexts, strict=True)
