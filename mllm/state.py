@@ -81,7 +81,7 @@ class State:
         try:
             return f"{cls.__name__}(donated to {object.__getattribute__(self, '_donated_to')})"
         except AttributeError:
-            body = ", ".join(f"{f.name}={_show(getattr(self, f.name))}" for f in attrs.fields(cls))
+            body = ", ".join(f"{name}={_show(getattr(self, name))}" for name in cls.__names__)
             return f"{cls.__name__}({body})"
 
 
@@ -100,7 +100,7 @@ def state(cls: type[S]) -> type[S]:
     """Class decorator: frozen, slotted, keyword-only, compared by identity, shapes checked."""
     cls.__attrs_post_init__ = check  # type: ignore[attr-defined]
     made = attrs.frozen(eq=False, repr=False, kw_only=True)(cls)
-    fields = attrs.fields(made)
+    fields: Any = attrs.fields(made)  # type: ignore[arg-type]  # `frozen` above has just made it one of attrs'
     made.__names__ = tuple(f.name for f in fields)
     made.__specs__ = tuple((f.name, f.metadata["dims"], f.metadata["dtype"]) for f in fields if "dims" in f.metadata)
     return made
