@@ -131,15 +131,19 @@ def pack(items: list[Example]) -> Batch:
     }  # fmt: skip
     small = {"patches": torch.uint8, "places": torch.int16, "positions": torch.int16, "starts": torch.int32,
              "vision_starts": torch.int32}  # fmt: skip
-    batch = {key: torch.as_tensor(np.asarray(value), dtype=small.get(key, torch.int64)) for key, value in arrays.items()}
+    batch = {
+        key: torch.as_tensor(np.asarray(value), dtype=small.get(key, torch.int64)) for key, value in arrays.items()
+    }
     batch["longest"] = torch.tensor([max(sizes), int(np.diff(starts).max())])
     return batch
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[Batch]):
     """Training batches number `first`, `first` + 1, ...: the same ones whatever the number of workers."""
 
     def __init__(self, seed: int, size: int, first: int, end: int) -> None:
+        if not 0 <= seed < 64:
+            raise ValueError(f"seed: expected 0 to 63, got {seed}: from there on the examples are held out")
         self.seed, self.size, self.first, self.end = seed, size, first, end
 
     def __iter__(self) -> Iterator[Batch]:
@@ -148,17 +152,21 @@ class Stream(IterableDataset):
         for number in range(self.first + offset, self.end, step):
             yield self.batch(number)
 
+    @staticmethod
+    def seeds(seed: int, number: int, size: int) -> range:
+        """The example seeds of one batch, all below `HELD_OUT`."""
+        return range(start := seed * (1 << 34) + number * size, start + size)
+
     def batch(self, number: int) -> Batch:
         rng = np.random.default_rng([self.seed, number])
         kinds = rng.choice(len(SHARES), self.size, p=list(SHARES.values()))
-        seeds = self.seed * (1 << 34) + number * self.size + np.arange(self.size)
         items = []
-        for kind, seed in zip(kinds, seeds, strict=True):
-            items += examples(list(SHARES)[kind], int(seed), more=2)
+        for kind, seed in zip(kinds, self.seeds(self.seed, number, self.size), strict=True):
+            items += examples(list(SHARES)[kind], seed, more=2)
         return pack(items)
 
 
-class HeldOut(torch.utils.data.Dataset):
+class HeldOut(torch.utils.data.Dataset[tuple[str, Batch]]):
     """Held-out batches, `size` examples of one kind each: (kind, batch) pairs; with `swap`, pairs of pictures swapped."""
 
     def __init__(self, each: int, size: int = 100, swap: bool = False) -> None:

@@ -12,28 +12,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen3VLForConditionalGeneration
 
 from mllm.signs.data import Batch
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch can still train on a CPU
-    varlen_attn = None
-
 
 def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *, causal: bool) -> Tensor:
     """Attention within each segment; [tokens, heads, head size]."""
-    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
-        if "window_size" in inspect.signature(varlen_attn).parameters:
-            kind: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
-        else:
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        kind: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+        if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch before 2.11
             kind = {"is_causal": causal}
-        return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), starts, starts, longest, longest, **kind)
+        call: Any = varlen_attn
+        return call(q.contiguous(), k.contiguous(), v.contiguous(), starts, starts, longest, longest, **kind)
     sizes = starts.diff().tolist()
     parts = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*part, is_causal=causal) for part in parts], 1).transpose(0, 1)
+    mixed = [F.scaled_dot_product_attention(a, b, c, is_causal=causal) for a, b, c in parts]
+    return torch.cat(mixed, 1).transpose(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # The parts between attentions, as functions of the weights' modules, so that they can be compiled one by one ---------
 
 
-def _patches(proj: nn.Module, patches: Tensor, noise: float) -> Tensor:
+def _patches(proj: Any, patches: Tensor, noise: float) -> Tensor:
     pixels = patches.float() / 127.5 - 1
     if noise:
         pixels = (pixels + noise * torch.randn_like(pixels)).clamp(-1, 1)
@@ -52,17 +49,17 @@ def _patches(proj: nn.Module, patches: Tensor, noise: float) -> Tensor:
     return F.linear(pixels, proj.weight.sum(2).flatten(1), proj.bias).float()
 
 
-def _vision_in(block: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _vision_in(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, -1, cos.shape[-1])).unbind(1)
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
 
 
-def _vision_out(block: nn.Module, hidden: Tensor, mixed: Tensor) -> Tensor:
+def _vision_out(block: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
     hidden = hidden + block.attn.proj(mixed.flatten(1))
     return hidden + block.mlp(block.norm2(hidden))
 
 
-def _text_in(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _text_in(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, own, size = layer.input_layernorm(hidden), layer.self_attn, cos.shape[-1]
     v = own.v_proj(x).unflatten(-1, (-1, size))
     q = rotate(own.q_norm(own.q_proj(x).unflatten(-1, (-1, size))), cos, sin).to(v.dtype)
@@ -71,7 +68,7 @@ def _text_in(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tupl
     return q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
 
-def _text_out(layer: nn.Module, hidden: Tensor, mixed: Tensor) -> Tensor:
+def _text_out(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
     hidden = hidden + layer.self_attn.o_proj(mixed.flatten(1))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
@@ -166,5 +163,3 @@ def right_answers(model: Qwen3VLForConditionalGeneration, batch: Batch, **ablati
     wrong = logits.argmax(-1) != batch["labels"]
     mistakes = torch.zeros(len(batch["starts"]) - 1, device=logits.device)
     return mistakes.index_add(0, batch["owner"], wrong.float()) == 0
-
-

@@ -23,14 +23,11 @@ from attrs import evolve, frozen
 from PIL import Image
 
 from mllm.signs import words
-from mllm.signs.scenes import COLOURS, PLACES, SHAPES, Colour, Scene, Shape, Sign, grid, render, room, text_size
+from mllm.signs.compose import Rng, changed, pick, shape_scene, sign_scenes, text_for_a_sign
+from mllm.signs.scenes import COLOURS, PLACES, SHAPES, Scene, Shape, grid, render
 
 KINDS = ("shapes", "text", "count", "place", "where", "change", "chat")
 HELD_OUT = 1 << 40
-SMALLEST, LARGEST = 64, 512  # of a picture's sides
-LONGEST_TEXT = 12
-
-Rng = np.random.Generator
 
 
 @frozen
@@ -90,11 +87,6 @@ def at_place(cell: tuple[int, int]) -> str:
     return f"{'in' if name == 'centre' else 'on' if name in ('left', 'right') else 'at'} the {name}"
 
 
-def _pick(rng: Rng, choices: Any) -> Any:
-    """One of a sequence, as it is in the sequence (numpy's own choice would make an array of it)."""
-    return choices[int(rng.integers(len(choices)))]
-
-
 def describe(scene: Scene) -> str:
     """The right answer to 'Describe the shapes.'"""
     ordered = sorted(scene.shapes, key=lambda shape: shape.cell)
@@ -102,18 +94,18 @@ def describe(scene: Scene) -> str:
 
 
 def _ask_shapes(rng: Rng, scene: Scene) -> tuple[str, str]:
-    return _pick(rng, words.ASK_SHAPES), describe(scene)
+    return pick(rng, words.ASK_SHAPES), describe(scene)
 
 
 def _ask_count(rng: Rng, scene: Scene) -> tuple[str, str]:
     """Mostly about things that are there; a tenth or so about colours and shapes drawn at random."""
     if scene.shapes and rng.random() < 0.9:
-        shape = _pick(rng, scene.shapes)
+        shape = pick(rng, scene.shapes)
         name, colour = shape.name, shape.colour
         if rng.random() < 0.15:
-            name = _pick(rng, SHAPES)
+            name = pick(rng, SHAPES)
     else:
-        name, colour = _pick(rng, SHAPES), _pick(rng, tuple(COLOURS))
+        name, colour = pick(rng, SHAPES), pick(rng, tuple(COLOURS))
     form = rng.random()
     if form < 0.2:
         things, count = "shapes", len(scene.shapes)
@@ -123,7 +115,7 @@ def _ask_count(rng: Rng, scene: Scene) -> tuple[str, str]:
         things, count = f"{colour} shapes", sum(s.colour == colour for s in scene.shapes)
     else:
         things, count = f"{colour} {plural(name)}", sum((s.name, s.colour) == (name, colour) for s in scene.shapes)
-    return _pick(rng, words.ASK_COUNT).format(things), str(count)
+    return pick(rng, words.ASK_COUNT).format(things), str(count)
 
 
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -155,110 +147,21 @@ def _ask_place(rng: Rng, scene: Scene) -> tuple[str, str] | None:
     chosen = nothing if rng.random() < 0.12 else something
     if not chosen:
         return None
-    shape, direction, answer = _pick(rng, chosen)
+    shape, direction, answer = pick(rng, chosen)
     to = "to the " if direction in ("left of", "right of") and rng.random() < 0.3 else ""
     return f"What is {to}{direction} the {shape.words}?", str(answer)
 
 
 def _ask_where(rng: Rng, scene: Scene) -> tuple[str, str]:
     if scene.shapes and rng.random() < 0.5:
-        shape = _pick(rng, scene.shapes)
+        shape = pick(rng, scene.shapes)
         return f"Where is the {shape.words}?", at_place(shape.cell)
     rows, columns = grid(scene.size)
-    cell = (_pick(rng, rows), _pick(rng, columns))
+    cell = (pick(rng, rows), pick(rng, columns))
     if scene.shapes and rng.random() < 0.7:
-        cell = _pick(rng, scene.shapes).cell
+        cell = pick(rng, scene.shapes).cell
     there = [shape for shape in scene.shapes if shape.cell == cell]
     return f"What is {at_place(cell)}?", a(there[0].words) if there else "nothing"
-
-
-# Scenes ----------------------------------------------------------------------------------------------------------------
-
-
-def _side(rng: Rng, low: float, high: float, lean: float = 1.0) -> int:
-    """A length between the two, even on a log scale; a `lean` above 1 makes short ones likelier."""
-    return round(low * (max(low, high) / low) ** (rng.random() ** lean))
-
-
-def _size(rng: Rng) -> tuple[int, int]:
-    """Width and height of a picture, at most four to one."""
-    width = _side(rng, SMALLEST, LARGEST)
-    height = _side(rng, max(SMALLEST, width / 4), min(LARGEST, width * 4))
-    return width, height
-
-
-def _ground(rng: Rng) -> dict[str, Any]:
-    """A calm ground, light or dark: two colours, the direction between them, and noise."""
-    level = rng.uniform(150, 245) if rng.random() < 0.65 else rng.uniform(15, 80)
-    first = level + rng.uniform(-18, 18, 3)
-    second = first + rng.uniform(-45, 45) + rng.uniform(-15, 15, 3)
-    colours = tuple(tuple(int(v) for v in np.clip(c, 5, 250)) for c in (first, second))
-    noise = int(rng.integers(0, 32)) if rng.random() < 0.8 else 0
-    return {"ground": colours, "slope": float(rng.uniform(0, 360)), "noise": noise, "seed": int(rng.integers(1 << 31))}
-
-
-def _distance(one: Colour, other: Colour) -> float:
-    return float(np.linalg.norm(np.subtract(one, other)))
-
-
-def _usable(ground: tuple[Colour, Colour]) -> list[str]:
-    """The colours that stand out against both ends of the ground."""
-    return [n for n, c in COLOURS.items() if min(_distance(c, ground[0]), _distance(c, ground[1])) > 95]
-
-
-def _shape(rng: Rng, name: str, colour: str, cell: tuple[int, int], size: tuple[int, int]) -> Shape:
-    smallest = min(0.8, max(0.5, 22 / room(size)))
-    return Shape(
-        name, colour, cell, size=float(rng.uniform(smallest, 0.85)), angle=float(rng.uniform(-9, 9)),
-        shift=(float(rng.uniform(-0.07, 0.07)), float(rng.uniform(-0.07, 0.07))),
-        tint=tuple(int(v) for v in rng.integers(-8, 9, 3)),
-    )  # fmt: skip
-
-
-def _scene(rng: Rng, least: int, most: int, *, repeat: bool = False) -> Scene:
-    """A scene of `least` to `most` shapes, as far as there is room; all different unless `repeat`."""
-    size, ground = _size(rng), _ground(rng)
-    rows, columns = grid(size)
-    cells = [(row, column) for row in rows for column in columns]
-    count = min(len(cells), int(rng.integers(least, most + 1)))
-    names, colours = list(SHAPES), _usable(ground["ground"])
-    if repeat:
-        names = [_pick(rng, names) for _ in range(int(rng.integers(1, 4)))]
-        colours = [_pick(rng, colours) for _ in range(int(rng.integers(1, 4)))]
-    kinds = [(name, colour) for name in names for colour in colours]
-    picked = rng.choice(len(kinds), count, replace=repeat)
-    where = rng.choice(len(cells), count, replace=False)
-    shapes = [_shape(rng, *kinds[int(k)], cells[int(c)], size) for k, c in zip(picked, where, strict=True)]
-    return Scene(size=size, shapes=shapes, **ground)
-
-
-def _sign_text(rng: Rng, longest: int = LONGEST_TEXT) -> str:
-    """A word or two, a number, or letters at random; never one that reads two ways."""
-    while True:
-        text = words.sign_text(rng, longest)
-        if 1 <= len(text) <= longest and not words.ambiguous(text):
-            return text
-
-
-def _sign_scene(rng: Rng, *texts: str) -> list[Scene]:
-    """The same scene with each of the texts on its sign; font, place and picture have room for all."""
-    ground = _ground(rng)
-    dark = float(np.mean(ground["ground"])) < 115
-    angle = 0.0 if rng.random() < 0.25 else float(rng.uniform(-10, 10))
-    largest = 96
-    while any(max(text_size(text, largest, angle)) > LARGEST - 16 for text in texts):
-        largest -= 2
-    font = _side(rng, 22, largest, lean=1.3)
-    boxes = [text_size(text, font, angle) for text in texts]
-    box = max(b[0] for b in boxes), max(b[1] for b in boxes)
-    width = _side(rng, max(SMALLEST, box[0] + 4, box[1] / 4 + 1), LARGEST, lean=1.5)
-    height = _side(rng, max(SMALLEST, box[1] + 4, width / 4), min(LARGEST, width * 4), lean=2.0)
-    at = tuple(0.5 + float(rng.uniform(-0.5, 0.5)) * (side - b) / side for side, b in zip((width, height), box, strict=True))
-    plate, ink = None, words.ink(rng, dark)
-    if rng.random() < 0.5:
-        dark = bool(rng.random() < 0.5)
-        plate, ink = words.ink(rng, not dark), words.ink(rng, dark)
-    return [Scene((width, height), sign=Sign(t, font, ink, plate, angle, at), **ground) for t in texts]
 
 
 # The makers: one per kind; the first example comes from `rng` alone, the further ones from `extra` --------------------
@@ -275,69 +178,44 @@ def _scene_maker(kind: str, least: int, most: int, repeat: float = 0.0) -> Maker
     def make(rng: Rng, extra: Rng, more: int) -> list[Example]:
         asked = None
         while asked is None:
-            scene = _scene(rng, least, most, repeat=bool(rng.random() < repeat))
+            scene = shape_scene(rng, least, most, repeat=bool(rng.random() < repeat))
             asked = _ASK[kind](rng, scene)
         images = (render(scene),)
         different = len({shape.words for shape in scene.shapes}) == len(scene.shapes)
         others = [k for k in _ASK if (different or k == "count") and (k != "shapes" or 0 < len(scene.shapes) <= 6)]
         items = [Example(kind, images, *asked)]
         for _ in range(more):
-            other = kind if extra.random() < 0.5 and kind != "shapes" else _pick(extra, others)
+            other = kind if extra.random() < 0.5 and kind != "shapes" else pick(extra, others)
             if (further := _ASK[other](extra, scene)) is not None:
                 items.append(Example(other, images, *further))
         if more and extra.random() < 0.05:
-            items[-1] = Example("text", images, _pick(extra, words.ASK_TEXT), "There is no sign.")
+            items[-1] = Example("text", images, pick(extra, words.ASK_TEXT), "There is no sign.")
         return items
 
     return make
 
 
 def _text_maker(rng: Rng, extra: Rng, more: int) -> list[Example]:
-    (scene,) = _sign_scene(rng, _sign_text(rng))
+    (scene,) = sign_scenes(rng, text_for_a_sign(rng))
     assert scene.sign is not None  # noqa: S101  by construction
-    return [Example("text", (render(scene),), _pick(rng, words.ASK_TEXT), scene.sign.text)]
+    return [Example("text", (render(scene),), pick(rng, words.ASK_TEXT), scene.sign.text)]
 
 
 def _change_maker(rng: Rng, extra: Rng, more: int) -> list[Example]:
     """The further examples show the pictures the other way round."""
     if rng.random() < 0.2:
-        one, two = _sign_text(rng, 8), _sign_text(rng, 8)
-        first, second = _sign_scene(rng, one, two)
+        one, two = text_for_a_sign(rng, 8), text_for_a_sign(rng, 8)
+        first, second = sign_scenes(rng, one, two)
     else:
-        first = _scene(rng, 1, 5)
-        second = _changed(rng, first)
+        first = shape_scene(rng, 1, 5)
+        second = changed(rng, first)
     second = evolve(second, noise=int(rng.integers(0, 32)), seed=int(rng.integers(1 << 31)))
     images = render(first), render(second)
-    question = _pick(rng, words.ASK_CHANGE)
+    question = pick(rng, words.ASK_CHANGE)
     items = [Example("change", images, question, change(first, second))]
     if more:
         items.append(Example("change", images[::-1], question, change(second, first)))
     return items
-
-
-def _changed(rng: Rng, scene: Scene) -> Scene:
-    """The scene with one thing changed; one in fifteen or so stays as it is."""
-    rows, columns = grid(scene.size)
-    taken = {shape.cell for shape in scene.shapes}
-    free = [(r, c) for r in rows for c in columns if (r, c) not in taken]
-    index = int(rng.integers(len(scene.shapes)))
-    shape, rest = scene.shapes[index], scene.shapes[:index] + scene.shapes[index + 1 :]
-    present = {s.words for s in scene.shapes}
-    kinds = [(n, c) for n in SHAPES for c in _usable(scene.ground) if f"{c} {n}" not in present]
-    how = _pick(rng, ("colour", "name", "vanish", "appear", "appear", "move", "move", "colour", "name", "vanish", "none"))
-    if how in ("appear", "move") and not free:
-        how = "colour"
-    if how == "none":
-        return scene
-    if how == "vanish":
-        return evolve(scene, shapes=rest)
-    if how == "appear":
-        return evolve(scene, shapes=(*scene.shapes, _shape(rng, *_pick(rng, kinds), _pick(rng, free), scene.size)))
-    if how == "move":
-        return evolve(scene, shapes=(*rest, evolve(shape, cell=_pick(rng, free))))
-    same = {"colour": lambda kind: kind[0] == shape.name, "name": lambda kind: kind[1] == shape.colour}[how]
-    name, colour = _pick(rng, [kind for kind in kinds if same(kind)])
-    return evolve(scene, shapes=(*rest, evolve(shape, name=name, colour=colour)))
 
 
 def change(first: Scene, second: Scene) -> str:

@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from attrs import field, frozen
+from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
@@ -72,7 +72,7 @@ class Scene:
     slope: float = 0.0  # direction of the gradient
     noise: int = 0  # amplitude, 0 to 255
     seed: int = 0  # of the noise
-    shapes: tuple[Shape, ...] = field(default=(), converter=tuple)
+    shapes: tuple[Shape, ...] = ()
     sign: Sign | None = None
 
 
@@ -115,7 +115,20 @@ def _corners(name: str) -> list[tuple[float, float]]:
         return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(radii, turns, strict=True)]
     if name == "cross":
         a, b = 0.32, 0.92
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     raise ValueError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}")
 
 
@@ -178,7 +191,7 @@ def _draw_sign(picture: Image.Image, sign: Sign) -> None:
     """Paint the plate, if any, and the text, both turned about the sign's middle."""
     font = _font(sign.size)
     left, top, right, bottom = font.getbbox(sign.text)
-    width, height = right - left + round(sign.size * 0.7), bottom - top + round(sign.size * 0.6)
+    width, height = int(right - left) + round(sign.size * 0.7), int(bottom - top) + round(sign.size * 0.6)
     text = Image.new("L", (width, height))
     ImageDraw.Draw(text).text(((width - left - right) / 2, (height - top - bottom) / 2), sign.text, font=font, fill=255)
     layers = [(sign.ink, text)]

@@ -87,6 +87,11 @@ def rate_at(step: int, warmup: int, share: float) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+def _pass_on(loader: DataLoader[Batch], ready: queue.Queue[Batch]) -> None:
+    for batch in loader:
+        ready.put(batch)
+
+
 def _stand_back(_: int) -> None:
     """Leave the processor to the process that feeds the GPU."""
     os.nice(10)
@@ -104,7 +109,7 @@ def batches(args: argparse.Namespace, done: int, device: str) -> Iterator[Batch]
                         prefetch_factor=8 if args.workers else None,
                         worker_init_fn=_stand_back)  # fmt: skip
     ready: queue.Queue[Batch] = queue.Queue(maxsize=16)
-    threading.Thread(target=lambda: [ready.put(batch) for batch in loader], daemon=True).start()
+    threading.Thread(target=_pass_on, args=(loader, ready), daemon=True).start()
     generator = torch.Generator().manual_seed(args.seed + done)
     kept: list[Batch] = []
     for step in range(args.steps - done):
@@ -168,7 +173,9 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForCon
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = fresh_model(args.seed)
     if args.start:
-        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).state_dict())
+        model.load_state_dict(
+            Qwen3VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).state_dict()
+        )
     model.to(device)
     if args.compile:
         packed.compile_parts()
