@@ -147,7 +147,8 @@ def _roofline(pyplot: Any, cases: list[Case], data: dict[str, Any]) -> Any:
         mine = [(x, case["tflop_s"]) for x, case in zip(intensity, points, strict=True) if case["group"] == group]
         if mine:
             axis.scatter(*zip(*mine, strict=True), color=COLOURS[group], marker=MARKERS[group], label=group, zorder=3)
-    axis.set_ylim(roof[0][1] / 30, 2 * limit["product_tflop_s"])  # what only moves a few bytes lies far below every roof
+    # what only moves a few bytes lies far below every roof, and would flatten the rest
+    axis.set_ylim(roof[0][1] / 30, 2 * limit["product_tflop_s"])
     axis.set(xlabel="flops per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize="small")
