@@ -14,7 +14,8 @@ from mllm import checkpoint, families, prompts, signs, weights
 from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
-from mllm.kernels.ops import Ops, decode_ops_for, ops_for
+from mllm.kernels.ops import Ops
+from mllm.kernels.tables import decode_ops_for, ops_for
 from mllm.prompts import Prompt
 from mllm.tokenizer import Tokenizer
 from mllm.weights import Weights

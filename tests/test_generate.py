@@ -21,7 +21,7 @@ from tokenizer_files import write_tokenizer
 import mllm
 from mllm import families, stages, weights
 from mllm.errors import CheckpointError, ConfigError, ImageError, PromptError
-from mllm.kernels.ops import ops_for
+from mllm.kernels.tables import ops_for
 from mllm.sampling import Sampling
 from mllm.state import leaves, map_leaves
 from mllm.table import RequestTable
@@ -74,7 +74,9 @@ def ending(model: mllm.Model, *tokens: int) -> mllm.Model:
 
 def test_a_request_ends_after_its_tokens_and_says_length(text_model: Tiny, tables: list[RequestTable]) -> None:
     outs = mllm.generate(text_model.ours, four_prompts(text_model), max_new_tokens=[1, 2, 7, 3])
-    assert [(len(out.tokens), out.finish_reason, out.error) for out in outs] == [(n, "length", None) for n in (1, 2, 7, 3)]
+    assert [(len(out.tokens), out.finish_reason, out.error) for out in outs] == [
+        (n, "length", None) for n in (1, 2, 7, 3)
+    ]
     assert [out.prompt_tokens for out in outs] == [11, 3, 1, 17]
     assert [out.text for out in outs] == [""] * 4  # there is no tokenizer
 
@@ -322,7 +324,9 @@ def test_progress_is_silent_unless_asked_for(text_model: Tiny, capfd: pytest.Cap
 # failures from below
 
 
-@pytest.mark.parametrize("op", ["embed", "attend_", "norm_gate", "head", "sample", "advance_", "attend_images", "merge"])
+@pytest.mark.parametrize(
+    "op", ["embed", "attend_", "norm_gate", "head", "sample", "advance_", "attend_images", "merge"]
+)
 @pytest.mark.parametrize("at", [0, 2])
 def test_memory_that_runs_out_in_any_op_leaves_the_model_usable(vision_model: Tiny, op: str, at: int) -> None:
     prompts, calls = four_prompts(vision_model), itertools.count()

@@ -17,8 +17,9 @@ import mllm
 from mllm import stages
 from mllm.batch import ForwardBatch, SamplingBatch, decode_batch
 from mllm.cache import KVPool
-from mllm.kernels.ops import Ops, decode_ops_for
-from mllm.kernels.reference import NOT_FINITE, REFERENCE
+from mllm.kernels.ops import NOT_FINITE, Ops
+from mllm.kernels.reference import REFERENCE
+from mllm.kernels.tables import decode_ops_for
 from mllm.model import Model
 from mllm.sampling import Sampling, sampling_batch
 from mllm.state import clone, leaves, map_leaves

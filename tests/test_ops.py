@@ -24,10 +24,11 @@ from mllm.batch import Chunk, ForwardBatch, PatchBatch, pack
 from mllm.config import TextConfig, VisionConfig
 from mllm.errors import MissingPackageError
 from mllm.kernels.cpu import CPU
-from mllm.kernels.ops import Ops, ops_for
+from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.kernels.reference_vision import position_embedding
 from mllm.kernels.rotary import axial, mrope, rotate
+from mllm.kernels.tables import ops_for
 from mllm.sampling import Sampling, sampling_batch
 from mllm.stages import admit, commit
 from mllm.state import map_leaves

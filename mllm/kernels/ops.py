@@ -8,14 +8,13 @@ in its comment. Shapes are those of `mllm.state.LEGEND`; `x` is the residual str
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
-from mllm.errors import MissingPackageError
+NOT_FINITE = -1
+"""The token that `sample` gives a row whose logits hold a NaN or an infinity."""
 
 Plan = Any  # what a table computes once per forward pass and uses in every layer; its own business
 
@@ -48,30 +47,3 @@ class Ops:
     linear_bias_add: Callable[..., Tensor]  # y, weight, bias, x -> x + y @ weight.T + bias
     layer_norm_gelu: Callable[..., Tensor]  # x, norm, norm_bias, weight, bias -> gelu_tanh(...) [X Fv]
     merge: Callable[..., Tensor]  # x [X Ev], Merger or TapMerger -> [M E]
-
-
-def ops_for(device: str | torch.device) -> Ops:
-    """The table of a device, for batches of any shape. Raises `MissingPackageError` for a device without kernels."""
-    from mllm.kernels.cpu import CPU
-    from mllm.kernels.reference import REFERENCE
-
-    tables = {"cpu": CPU, "cuda": REFERENCE}
-    if (kind := torch.device(device).type) not in tables:
-        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for {', '.join(tables)}")
-    return tables[kind]
-
-
-def decode_ops_for(device: str | torch.device) -> Callable[[int], Ops] | None:
-    """The tables of a device for decode steps, by their number of rows; None where its one table serves them too.
-
-    Raises `MissingPackageError` where the kernels need a package that is not there.
-    """
-    if torch.device(device).type != "cuda":
-        return None
-    try:
-        from mllm.kernels import cuda
-    except ImportError as error:
-        raise MissingPackageError(
-            f"decoding on {device} needs {error.name}: pip install 'mllm-runtime[cuda]'"
-        ) from None
-    return partial(cuda.decode_ops, pdl=torch.cuda.get_device_capability(device) >= (9, 0))

@@ -16,12 +16,9 @@ from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
 from mllm.kernels import reference_vision as vision
 from mllm.kernels.noise import gumbel
-from mllm.kernels.ops import Ops
+from mllm.kernels.ops import NOT_FINITE, Ops
 from mllm.kernels.rotary import mrope, rotate
 from mllm.state import State, state, tensor
-
-NOT_FINITE = -1
-"""The token of a row whose logits hold a NaN or an infinity."""
 
 
 @state

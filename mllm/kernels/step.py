@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.batch import ForwardBatch
+from mllm.kernels.ops import NOT_FINITE
 from mllm.kernels.pdl import launch_dependents, options, wait
-from mllm.kernels.reference import NOT_FINITE
 
 
 @triton.jit
