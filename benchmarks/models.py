@@ -41,11 +41,18 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """About 10 million parameters each, so that a run on two CPU cores takes seconds a point."""
+EMBEDDED = "signs"  # the model that ships with the package
 
 
 def default_name() -> str:
     """The embedded model where it is there, else small-vl."""
-    return str(signs.FOLDER) if (signs.FOLDER / "config.json").is_file() else "small-vl"
+    return EMBEDDED if (signs.FOLDER / "config.json").is_file() else "small-vl"
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder that a name stands for: a path, or the embedded model; None for random weights."""
+    folder = signs.FOLDER if name == EMBEDDED else Path(name)
+    return folder if folder.is_dir() else None
 
 
 def config_json(name: str) -> dict[str, Any]:
@@ -58,9 +65,8 @@ def config_json(name: str) -> dict[str, Any]:
 
 def get(name: str, *, device: str, dtype: torch.dtype) -> Model:
     """A model by folder or name. Raises `ValueError` for neither."""
-    if Path(name).is_dir():
-        model = mllm.load(name, device=device, dtype=dtype)
-        return attrs.evolve(model, name="signs") if Path(name).resolve() == signs.FOLDER else model
+    if (path := _folder_of(name)) is not None:
+        return attrs.evolve(mllm.load(path, device=device, dtype=dtype), name=Path(name).name)
     if name not in SMALL and name not in families.PRESETS:
         raise ValueError(f"--model: no folder and no model is called {name!r}; names are {', '.join(known())}")
     if name in families.PRESETS:
@@ -69,7 +75,7 @@ def get(name: str, *, device: str, dtype: torch.dtype) -> Model:
 
 
 def known() -> tuple[str, ...]:
-    return (*SMALL, *families.PRESETS)
+    return (EMBEDDED, *SMALL, *families.PRESETS)
 
 
 def folder(name: str, model: Model, into: Path) -> Path:
@@ -77,8 +83,8 @@ def folder(name: str, model: Model, into: Path) -> Path:
 
     transformers and `mllm.load` both read it, so a comparison runs on the same numbers.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if (path := _folder_of(name)) is not None:
+        return path
     config = config_json(name)
     save_file(checkpoint_tensors(model), into / "model.safetensors", metadata={"format": "pt"})
     kind = str(model.dtype).removeprefix("torch.")
