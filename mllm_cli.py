@@ -20,6 +20,7 @@ examples:
   mllm generate --image sign.png "What does the sign say?"
   mllm generate --model ~/models/Qwen3-VL-2B-Instruct --device cuda --image cat.jpg "What is this?"
   mllm bench -k decode --benchmark-json=results.json     the same options as pytest
+  mllm plot results.json --into plots                    mllm compare before.json after.json
   mllm env --json
 """
 MODEL = (
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
         "shows pytest's own.",
     )  # fmt: skip
     bench.set_defaults(options=[])
+    commands.add_parser("plot", add_help=False, help="draw a benchmark's results").set_defaults(options=[])
+    commands.add_parser("compare", add_help=False, help="compare two results; fail if slower").set_defaults(options=[])
 
     env = commands.add_parser("env", help="report versions, processor, memory, GPU")
     env.add_argument("--json", action="store_true", help="as JSON")
@@ -101,17 +104,22 @@ def _model(to: argparse.ArgumentParser) -> None:
     )
 
 
+FORWARDED = ("bench", "plot", "compare")  # these read their options themselves, each with a --help of its own
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, where `bench` keeps all of its own for pytest."""
+    """The arguments; a command of `FORWARDED` finds its own in `options`."""
     own, options = list(argv), []
-    if "bench" in own and all(word.startswith("-") for word in own[: own.index("bench")]):
-        at = own.index("bench") + 1
-        if own[at:] not in (["-h"], ["--help"]):
-            own, options = own[:at], [word for word in own[at:] if word != "--"]
+    at = next((index for index, word in enumerate(own) if not word.startswith("-")), len(own))
+    if own[at : at + 1] and own[at] in FORWARDED and (own[at], own[at + 1 :]) not in BENCH_HELP:
+        own, options = own[: at + 1], [word for word in own[at + 1 :] if word != "--"]
     args = parser().parse_args(own)
     if options:
         args.options = options
     return args
+
+
+BENCH_HELP = (("bench", ["-h"]), ("bench", ["--help"]))  # ours; after `--` it is pytest's
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict, evolve, frozen
+from attrs import asdict, frozen
 from PIL import Image
 
 import mllm
-from mllm import environment, families, images, signs
+from mllm import compare, environment, families, images, plot
 from mllm.errors import MissingPackageError, MllmError
 from mllm.signs import pictures
 
@@ -116,7 +116,9 @@ def bench(args: argparse.Namespace) -> int:
         raise ValueError("the benchmarks are not in the installed package; run this in a checkout of the repository")
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise MissingPackageError("the benchmarks need pytest-benchmark: pip install 'mllm-runtime[bench]'")
-    return subprocess.run([sys.executable, "-m", "pytest", str(folder), *args.options], check=False).returncode  # noqa: S603
+    # `--trace` is pytest's own debugger switch, so the suite's option has another name there
+    options = ["--trace-dir" + o.removeprefix("--trace") if o.split("=")[0] == "--trace" else o for o in args.options]
+    return subprocess.run([sys.executable, "-m", "pytest", str(folder), *options], check=False).returncode  # noqa: S603
 
 
 def env(args: argparse.Namespace) -> int:
@@ -127,7 +129,8 @@ def env(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "generate": generate, "demo": demo, "bench": bench, "env": env
+    "generate": generate, "demo": demo, "bench": bench, "env": env,
+    "plot": lambda args: plot.main(args.options), "compare": lambda args: compare.main(args.options),
 }  # fmt: skip
 
 
@@ -147,24 +150,7 @@ def _load(name: str, device: str, dtype: str) -> mllm.Model:
         return mllm.dummy(name, device=device, dtype=dtype)
     if name != "signs":
         return mllm.load(name, device=device, dtype=dtype)
-    if signs.FOLDER.is_dir():
-        return mllm.load(signs.FOLDER, device=device, dtype=dtype)
-    print("mllm: the embedded model is not in this checkout; a toy with random weights stands in", file=sys.stderr)
-    return mllm.dummy(_toy(), device=device, dtype=dtype)
-
-
-def _toy() -> mllm.Config:
-    """The smallest model that takes every path of Qwen3-VL."""
-    whole = families.preset("qwen3-vl-2b")
-    text = evolve(
-        whole.text, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=1024, mrope_section=(8, 4, 4),
-    )  # fmt: skip
-    vision = mllm.VisionConfig(
-        depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, num_position_embeddings=256,
-        deepstack_visual_indexes=(0,), patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
-    )  # fmt: skip
-    return evolve(whole, text=text, vision=vision, image_token_id=1000, video_token_id=1001, end_tokens=())
+    return mllm.load(device=device, dtype=dtype)
 
 
 def _prompt(model: mllm.Model, question: str, opened: Sequence[Image.Image]) -> mllm.Prompt:

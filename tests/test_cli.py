@@ -62,14 +62,14 @@ def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"mllm {mllm.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "bench", "env"])
+@pytest.mark.parametrize("command", ["generate", "demo", "bench", "plot", "compare", "env"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert command in capsys.readouterr().out
 
 
 def test_every_command_is_declared_and_defined() -> None:
-    assert set(cli.COMMANDS) == {"generate", "demo", "bench", "env"}
+    assert set(cli.COMMANDS) == {"generate", "demo", "bench", "plot", "compare", "env"}
 
 
 @pytest.mark.parametrize(
