@@ -92,7 +92,11 @@ def test_top_p_of_one_and_no_limits_keep_everything() -> None:
 
 
 def test_the_likeliest_token_is_always_kept() -> None:
-    for s in (Sampling(temperature=1, top_p=1e-9), Sampling(temperature=1, min_p=1.0), Sampling(temperature=9, top_k=1)):
+    for s in (
+        Sampling(temperature=1, top_p=1e-9),
+        Sampling(temperature=1, min_p=1.0),
+        Sampling(temperature=9, top_k=1),
+    ):
         assert ours(torch.tensor([0.0, 0.5, 0.2]), s).tolist() == [False, True, False]
 
 
@@ -263,7 +267,9 @@ def test_settings_are_keywords_and_cannot_be_changed() -> None:
 def test_settings_of_another_number_of_rows_are_a_shape_error() -> None:
     one, two = (sampling_batch([Sampling()] * n, size=n, device="cpu") for n in (1, 2))
     with pytest.raises(ShapeError):
-        type(one)(temperature=one.temperature, top_k=two.top_k, top_p=one.top_p, min_p=one.min_p, seed=one.seed, greedy=True)
+        type(one)(
+            temperature=one.temperature, top_k=two.top_k, top_p=one.top_p, min_p=one.min_p, seed=one.seed, greedy=True
+        )
 
 
 def test_the_same_seed_answers_alike_and_another_one_differently(vision_model: Tiny) -> None:

@@ -43,7 +43,10 @@ class Nest(State):
 
 
 def pair(rows: int = 2, **changes: Any) -> Pair:
-    values: dict[str, Any] = {"a": torch.arange(rows * 3.0).view(rows, 3), "b": torch.arange(rows + 1, dtype=torch.int32)}
+    values: dict[str, Any] = {
+        "a": torch.arange(rows * 3.0).view(rows, 3),
+        "b": torch.arange(rows + 1, dtype=torch.int32),
+    }
     return Pair(**{**values, **changes})
 
 

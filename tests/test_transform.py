@@ -362,7 +362,9 @@ def drawn(run: Running, which: list[int], temperature: float) -> Any:
 
 @examples(12)
 @given(data=st.data(), name=st.sampled_from(sorted(RECORDERS)))
-def test_captured_decode_with_changing_batches_equals_the_stages(vision_model: Tiny, data: st.DataObject, name: str) -> None:
+def test_captured_decode_with_changing_batches_equals_the_stages(
+    vision_model: Tiny, data: st.DataObject, name: str
+) -> None:
     """Rows come and go, temperatures change: every turn makes a new batch and runs a few steps on it."""
     config, ops, weights = vision_model.ours.config, vision_model.ours.ops, vision_model.ours.weights
     step = partial(stages.step, weights, config=config, ops=ops)
