@@ -42,9 +42,8 @@ class Loop:
         pool, table, admitted = points.memory(model, rows, total)
         pool, table, first = points.fill(model, pool, table, admitted, layouts)
         start = points.carry(model, table, admitted, first.tolist(), [lay.delta for lay in layouts], total)
-        step = partial(stages.step, model.weights, config=model.config, ops=model.ops)
-        if mode == "graph":
-            step = capture(step, donate=("pool",), carry=("batch",))
+        eager = partial(stages.step, model.weights, config=model.config, ops=model.step_ops(rows))
+        step = capture(eager, donate=("pool",), carry=("batch",)) if mode == "graph" else eager
         sampling = points.greedy(model, rows)
         run = lambda pool, batch: step(pool, batch, sampling)  # noqa: E731
         return cls(model, layouts, first, pool, table, start, state.clone(start), run)

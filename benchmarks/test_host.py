@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import attrs
 import pytest
@@ -55,7 +56,7 @@ def test_host(case: Case, batch: int, replay: str) -> None:
     )  # fmt: skip
     sampling = points.greedy(model, batch)
     pool, ready, _ = step(pool, start, sampling)
-    box = {"state": (pool, ready, table), "committed": 0}
+    box: dict[str, Any] = {"state": (pool, ready, table), "committed": 0}
 
     def call() -> list[int]:
         """What the loop does between two replays."""

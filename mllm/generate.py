@@ -259,7 +259,7 @@ def _step(
     model: Model, pool: KVPool, batch: ForwardBatch, sampling: SamplingBatch
 ) -> tuple[KVPool, ForwardBatch, Tensor]:
     """One decode step, with the ops that are fastest for as many rows as the batch has."""
-    ops = model.decode_ops(len(batch.lengths)) if model.decode_ops else model.ops
+    ops = model.step_ops(len(batch.lengths))
     return stages.step(model.weights, pool, batch, sampling, config=model.config, ops=ops)
 
 

@@ -39,6 +39,10 @@ class Model:
     images: ImageConfig | None = None
     name: str = ""
 
+    def step_ops(self, rows: int) -> Ops:
+        """The ops of a decode step of `rows` rows."""
+        return self.decode_ops(rows) if self.decode_ops else self.ops
+
     @property
     def device(self) -> torch.device:
         return self.weights.text.embed.device

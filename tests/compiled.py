@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mllm import families
 from mllm.batch import ForwardBatch
-from mllm.kernels import cuda
+from mllm.kernels import cuda, step
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -57,7 +57,7 @@ def calls(model: str, rows: int, *, pdl: bool) -> None:
     gate = ops.norm_gate(x, empty(size["E"]), empty(size["G"], size["E"]), eps=1e-6)
     x = ops.linear_add(gate, empty(size["E"], size["F"]), x)
     logits = ops.head(x, empty(size["E"]), empty(size["V"], size["E"]), eps=1e-6)
-    tokens = cuda.step.argmax(logits, pdl=pdl)
+    tokens = step.argmax(logits, pdl=pdl)
     ops.advance_(batch, tokens, page_size=64)
 
 

@@ -42,7 +42,7 @@ def rope_index() -> Any:
     model = Qwen3VLModel(config)
 
     def call(ids: np.ndarray, grids: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, int]:
-        given = {"input_ids": torch.from_numpy(ids).long()[None]}
+        given: dict[str, Any] = {"input_ids": torch.from_numpy(ids).long()[None]}
         given["image_grid_thw"] = torch.tensor([(1, *grid) for grid in grids]) if grids else None
         if "mm_token_type_ids" in inspect.signature(model.get_rope_index).parameters:
             given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).int()
@@ -63,7 +63,8 @@ pieces = st.lists(
 def test_expanded_prompts_stand_where_transformers_puts_them(
     rope_index: Any, pieces: list[Any], before: int, after: list[int]
 ) -> None:
-    ids, pictures = [], []
+    ids: list[int] = []
+    pictures: list[Any] = []
     for index, (text, size) in enumerate(pieces):
         ids += [] if index == 0 and before == 0 else text  # the first image may open the prompt
         ids.append(IMAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import attrs
 import pytest
@@ -65,8 +66,8 @@ def test_without_deepstack_shapes_are_not_described(signs: Model) -> None:
 
 
 def test_with_positions_in_one_dimension_shapes_are_not_described(signs: Model) -> None:
-    def flat(batch: object, **settings: object) -> object:
-        lengths = torch.arange(batch.positions.shape[1], dtype=torch.int32)  # type: ignore[attr-defined]
+    def flat(batch: Any, **settings: Any) -> Any:
+        lengths = torch.arange(batch.positions.shape[1], dtype=torch.int32)
         return signs.ops.plan(attrs.evolve(batch, positions=lengths.expand(3, -1).to(signs.device)), **settings)
 
     blind = attrs.evolve(signs, ops=attrs.evolve(signs.ops, plan=flat), decode_ops=None)
