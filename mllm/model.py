@@ -144,7 +144,10 @@ def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    kind = torch.device(device)
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from None
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(kind)!r}: PyTorch sees no GPU here; torch.__version__ is {torch.__version__}")
     return kind

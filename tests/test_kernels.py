@@ -10,6 +10,7 @@ import functools
 import os
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ def decoding(shape: Any, device: str) -> tuple[Model, KVPool, ForwardBatch, Samp
             rope_theta=1e4, mrope_section=(head // 2, head // 8, head // 8), tie_word_embeddings=True,
         )
     )  # fmt: skip
-    model = mllm.dummy(config, device=device, dtype="float32")
+    made = mllm.dummy(config, device=device, dtype="float32")
+    model = attrs.evolve(made, weights=map_leaves(Tensor.contiguous, made.weights))  # by rows, as on a GPU
     rows = len(contexts)
     table = RequestTable.empty(rows=rows, pages=40, page_size=PAGE)
     table, held = stages.admit(table, [n + STEPS for n in contexts])
@@ -116,6 +118,12 @@ def test_a_padding_row_writes_to_the_sink_alone(device: str, ops: functools.part
     assert int(batch.slots[3]) == 0
 
 
+def test_a_weight_that_is_laid_out_by_column_is_refused(device: str, ops: functools.partial[Ops]) -> None:
+    x, norm = torch.ones(1, 32, device=device), torch.ones(32, device=device)
+    with pytest.raises(mllm.errors.ShapeError, match="by rows"):
+        ops(1).norm_linear(x, norm, torch.ones(32, 64, device=device).T, eps=1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 2047, 2048, 4999])
 def test_greedy_tokens_are_the_first_of_the_largest_and_broken_rows_say_so(
@@ -164,7 +172,7 @@ def test_generate_on_the_gpu_gives_the_tokens_of_the_cpu(device: str) -> None:
         )
     )  # fmt: skip
     cpu = mllm.dummy(config, dtype="float32")
-    weights = map_leaves(lambda t: t.to(device), cpu.weights)
+    weights = map_leaves(lambda t: t.contiguous().to(device), cpu.weights)
     gpu = Model(config=config, weights=weights, ops=cpu.ops, decode_ops=decode_ops_for(device), name="gpu")
     prompts = [mllm.Prompt(tokens=[(7 * i + j) % 500 for j in range(3 + 40 * i)]) for i in range(5)]
     for rows in (1, 5):

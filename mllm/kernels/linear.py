@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mllm.errors import ShapeError
 from mllm.kernels.pdl import launch_dependents, options, wait
 
 
@@ -85,6 +86,8 @@ def _launch(
     x: Tensor, norm: Tensor | None, w: Tensor, residual: Tensor | None, *, eps: float, gate: bool, pdl: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
+    if not w.is_contiguous():  # as a CPU may have it; read by rows it would give numbers, all wrong
+        raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
     inputs = x.shape[1]
     outputs = len(w) // 2 if gate else len(w)
     y = x.new_empty(1, outputs, dtype=dtype or x.dtype)

@@ -37,8 +37,8 @@ def forward(
     x = ops.embed(batch.tokens, weights.embed)
     if vision is not None:
         x = ops.put_(x, vision.at, vision.embed)
-    for index, w in enumerate(weights.layers):
-        x = layer(x, w, pool.keys[index], pool.values[index], plan, eps=config.rms_norm_eps, ops=ops)
+    for index, (w, keys, values) in enumerate(zip(weights.layers, pool.keys, pool.values, strict=True)):
+        x = layer(x, w, keys, values, plan, eps=config.rms_norm_eps, ops=ops)
         if vision is not None and index < len(vision.deep):
             x = ops.add_(x, vision.at, vision.deep[index])
     return ops.head(x.index_select(0, batch.last), weights.norm, weights.head, eps=config.rms_norm_eps)
