@@ -12,7 +12,7 @@ or `copy.copy` of a state that a stage updates in place makes a second live hand
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import attrs
 import torch
@@ -100,7 +100,7 @@ def state(cls: type[S]) -> type[S]:
     """Class decorator: frozen, slotted, keyword-only, compared by identity, shapes checked."""
     cls.__attrs_post_init__ = check  # type: ignore[attr-defined]
     made = attrs.frozen(eq=False, repr=False, kw_only=True)(cls)
-    fields: Any = attrs.fields(made)  # type: ignore[arg-type]  # `frozen` above has just made it one of attrs'
+    fields = attrs.fields(cast(Any, made))  # `frozen` has just made it a class of attrs'
     made.__names__ = tuple(f.name for f in fields)
     made.__specs__ = tuple((f.name, f.metadata["dims"], f.metadata["dtype"]) for f in fields if "dims" in f.metadata)
     return made

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import attrs
 import torch
@@ -122,7 +122,7 @@ def build(config: Config, make: Make) -> Weights:
 
 def _build(cls: type[S], sizes: Mapping[str, int], make: Make, prefix: str, skip: str | None = None) -> S:
     values: dict[str, Any] = {}
-    for f in attrs.fields(cls):  # type: ignore[arg-type]  # `state` makes it one of attrs'
+    for f in attrs.fields(cast(Any, cls)):  # `state` makes it a class of attrs'
         if f.name == skip:
             continue
         if "dims" in f.metadata:

@@ -98,15 +98,20 @@ def build(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def usage(compiled: Any) -> dict[str, int]:
+def usage(compiled: Any, capability: int) -> dict[str, int]:
     """Registers and spilled bytes a thread, shared memory bytes a block, as the assembler reports them."""
-    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+    ptxas = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas"))
+    target = "sm_90a" if capability == 90 else f"sm_{capability}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)  # noqa: S603
-    found = {k: int(v) for k, v in re.findall(r"(REG|LOCAL|STACK):(\d+)", text.stdout)}
-    return {"registers": found["REG"], "spills": found["LOCAL"] + found["STACK"], "shared": compiled.metadata.shared}
+        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    if registers is None or not spilled:
+        raise ValueError(f"ptxas said something else than expected:\n{done.stderr}")
+    return {"registers": int(registers[1]), "spills": sum(map(int, spilled)), "shared": compiled.metadata.shared}
 
 
 def records(capability: int) -> Iterator[dict[str, Any]]:
@@ -117,7 +122,7 @@ def records(capability: int) -> Iterator[dict[str, Any]]:
                 compiled = build(kernel, args, kwargs, capability)
                 if compiled.hash not in seen:
                     seen.add(compiled.hash)
-                    yield {"kernel": kernel.__name__, "model": model, "rows": rows, **usage(compiled)}
+                    yield {"kernel": kernel.__name__, "model": model, "rows": rows, **usage(compiled, capability)}
 
 
 if __name__ == "__main__":
