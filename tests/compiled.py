@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for a GPU that is not here, and read what it needs: registers, spills, shared memory.
+"""Compile every Triton kernel for a GPU that is not here, and read what it needs: registers, stack, shared memory.
 
     python tests/compiled.py 90        # compute capability 9.0; prints one JSON record per kernel and shape
 
@@ -98,20 +98,16 @@ def build(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def usage(compiled: Any, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes a thread, shared memory bytes a block, as the assembler reports them."""
-    ptxas = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas"))
-    target = "sm_90a" if capability == 90 else f"sm_{capability}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
+def usage(compiled: Any) -> dict[str, int]:
+    """Registers and bytes of stack (where spills go) a thread, shared memory bytes a block, read from the binary."""
+    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-    if registers is None or not spilled:
-        raise ValueError(f"ptxas said something else than expected:\n{done.stderr}")
-    return {"registers": int(registers[1]), "spills": sum(map(int, spilled)), "shared": compiled.metadata.shared}
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    found = {k: int(v) for k, v in re.findall(r"(REG|LOCAL|STACK):(\d+)", text)}
+    return {"registers": found["REG"], "stack": found["LOCAL"] + found["STACK"], "shared": compiled.metadata.shared}
 
 
 def records(capability: int) -> Iterator[dict[str, Any]]:
@@ -122,7 +118,7 @@ def records(capability: int) -> Iterator[dict[str, Any]]:
                 compiled = build(kernel, args, kwargs, capability)
                 if compiled.hash not in seen:
                     seen.add(compiled.hash)
-                    yield {"kernel": kernel.__name__, "model": model, "rows": rows, **usage(compiled, capability)}
+                    yield {"kernel": kernel.__name__, "model": model, "rows": rows, **usage(compiled)}
 
 
 if __name__ == "__main__":

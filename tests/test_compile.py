@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 
 # compute capability -> (bytes of shared memory a block may have, registers a thread may have): CUDA programming
 # guide, "Technical specifications per compute capability"
-# ptxas of Triton 3.7 spills one register of 56, for occupancy; a kernel short of registers spills hundreds of bytes
-SPILLS = 16
+# Bytes of stack a thread. Triton 3.7 takes 32 for a sine and spills one register of 56; 3.9 takes none. A kernel that
+# is short of registers spills hundreds.
+STACK = 32
 LIMITS = {87: (163 * 1024, 255), 90: (227 * 1024, 255)}
 
 
@@ -30,10 +31,10 @@ def test_every_kernel_compiles_within_the_limits(capability: int, capsys: pytest
     assert run.returncode == 0, run.stderr[-2000:]
     records = [json.loads(line) for line in run.stdout.splitlines()]
     with capsys.disabled():
-        print(f"\nsm_{capability}: kernel, model, rows: registers, spilled bytes, shared bytes")
+        print(f"\nsm_{capability}: kernel, model, rows: registers, bytes of stack, shared bytes")
         for r in records:
-            usage = f"{r['registers']:4} {r['spills']:3} {r['shared']:7}"
+            usage = f"{r['registers']:4} {r['stack']:3} {r['shared']:7}"
             print(f"  {r['kernel']:16} {r['model']:12} {r['rows']:3} {usage}")
     assert {r["kernel"] for r in records} >= {"linear_kernel", "attend_kernel", "argmax_kernel", "advance_kernel"}
-    assert [r for r in records if r["spills"] > SPILLS] == []
+    assert [r for r in records if r["stack"] > STACK] == []
     assert [r for r in records if r["shared"] > shared or r["registers"] > registers] == []
