@@ -7,6 +7,7 @@ it works from image headers; nothing is decoded before a prompt is known to run.
 
 import operator
 from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 from attrs import field, frozen
@@ -41,7 +42,7 @@ def _id(value: object, index: int) -> int:
     kind = getattr(value, "dtype", type(value))
     if "bool" not in str(kind):
         try:
-            return operator.index(value)  # type: ignore[arg-type]
+            return operator.index(cast(Any, value))
         except TypeError:
             pass
     raise TypeError(f"tokens[{index}] must be an integer, got {value!r}")
