@@ -3,12 +3,12 @@
 It is a program of whoever wrote the checkpoint, so it runs in transformers' sandbox and sees only plain data.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import CheckpointError, PromptError
+from mllm.files import read_optional
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str], source: str) -> str:
@@ -47,7 +47,7 @@ def read_template(root: Path, config: dict[str, Any]) -> str | None:
             raise CheckpointError(f"{jinja} is not readable as text: {error}") from error
     path = root / "chat_template.json"
     if path.is_file():
-        template = read_object(path).get("chat_template")
+        template = read_optional(path, CheckpointError).get("chat_template")
     else:
         path, template = root / "tokenizer_config.json", config.get("chat_template")
     if isinstance(template, list):  # several named templates
@@ -56,16 +56,3 @@ def read_template(root: Path, config: dict[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{path}: chat_template must be text, got {type(template).__name__}")
     return template
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file. Raises `CheckpointError` naming the file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content

@@ -19,6 +19,7 @@ import attrs
 
 from mllm.config import Config, TextConfig, VisionConfig
 from mllm.errors import ConfigError
+from mllm.files import read_object, read_optional
 
 PRESETS = (
     "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b",
@@ -53,8 +54,8 @@ def read(folder: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Con
     Keys named in `ignore` are passed over. Raises `ConfigError` with the file and the key.
     """
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    data = read_json(path)
-    if generation.is_file() and (end := read_json(generation).get("eos_token_id")) is not None:
+    data = read_object(path, ConfigError)
+    if (end := read_optional(generation, ConfigError).get("eos_token_id")) is not None:
         data["eos_token_id"] = end
     return parse(data, source=str(path), ignore=ignore)
 
@@ -70,19 +71,6 @@ def parse(data: Json, *, source: str = "config", ignore: Collection[str] = ()) -
         return FAMILIES[kind](data, frozenset(ignore))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; `ConfigError` for anything else."""
-    if not path.is_file():  # a pipe would be read for ever
-        raise ConfigError(f"{path}: no such file; a model folder holds config.json and *.safetensors")
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got a {type(data).__name__}")
-    return data
 
 
 def _qwen3(data: Json, ignore: frozenset[str]) -> Config:

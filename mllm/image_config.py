@@ -5,7 +5,6 @@ known to change nothing. Anything else is refused by name, because a silently ig
 different pixels.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 from attrs import Attribute, field, frozen
 
 from mllm.errors import ConfigError
+from mllm.files import read_object
 
 MAX_PIXELS = 64 * 2**20  # pixels (width times height) that are ever decoded or resized to: 192 MiB as RGB
 
@@ -86,7 +86,7 @@ class ImageConfig:
             path = Path(folder) / name
             if not path.is_file():
                 continue
-            content = _read_object(path)
+            content = read_object(path, ConfigError)
             if part is not None and part not in content:
                 continue  # files from before transformers 5 describe only the text side here
             return _from_dict(content if part is None else content[part], str(path), frozenset(ignore))
@@ -128,16 +128,6 @@ IGNORED = frozenset(
     ("processor_class", "feature_extractor_type", "image_seq_length", "return_tensors", "device", "disable_grouping")
     + ("data_format", "input_data_format", "crop_size", "pad_size", "default_to_square", "size_divisor")
 )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _from_dict(content: object, source: str, ignore: frozenset[str]) -> ImageConfig:

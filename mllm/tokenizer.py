@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from mllm.chat_template import read_object, read_template, render
+from mllm.chat_template import read_template, render
 from mllm.errors import CheckpointError, PromptError
+from mllm.files import read_object, read_optional
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -87,7 +88,7 @@ class Tokenizer:
                     f"{root} has {', '.join(found)} but no tokenizer.json, which holds the vocabulary"
                 )
             return None
-        config = read_object(root / "tokenizer_config.json")
+        config = read_optional(root / "tokenizer_config.json", CheckpointError)
         fast = _read_fast(root / "tokenizer.json")
         _add_tokens(fast, config, root / "tokenizer_config.json")
         return cls(
@@ -142,7 +143,7 @@ class Tokenizer:
 def _read_fast(path: Path) -> "FastTokenizer":
     from tokenizers import Tokenizer as FastTokenizer
 
-    content = read_object(path)
+    content = read_object(path, CheckpointError)
     model, decoder = content.get("model"), content.get("decoder")
     if not isinstance(model, dict) or not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
         raise CheckpointError(f"{path}: expected a byte-level BPE, got the decoder {decoder!r}")
