@@ -65,6 +65,7 @@ OPTIONS = {
     "prompt": Option(default=None, help="text for the prompts instead of random tokens; needs a tokenizer"),
     "grid": Option(default="8x8,16x16", read=grids, help="patch grids (rows x columns) of the vision cases"),
     "max-total-tokens": Option(default=None, read=numbers, help="tokens of the KV pool; points beyond it are skipped"),
+    "examples": Option(default="20", read=numbers, help="held-out questions of each kind; the model card has 500"),
     "peer": Option(default="small-text,small-vl", read=names, help="models compared with transformers; empty: none"),
     "result-jsonl": Option(default=None, help="append one JSON object per point, keyed as SGLang's bench_one_batch"),
     "run-name": Option(default="default", help="run_name of the JSONL rows"),
@@ -91,6 +92,7 @@ class Settings:
     prompt: str | None
     grid: tuple[tuple[int, int], ...]
     max_total_tokens: int | None
+    examples: int
     peer: tuple[str, ...]
     result_jsonl: Path | None
     run_name: str
@@ -125,7 +127,7 @@ def read(given: Callable[[str], Any]) -> Settings:
             values[name.replace("-", "_")] = option.read(text) if isinstance(text, str) else text
         except ValueError as error:
             raise ValueError(f"--{name}: {error}") from None
-    for single in ("max_total_tokens", "trace_start", "trace_steps"):
+    for single in ("max_total_tokens", "examples", "trace_start", "trace_steps"):
         if values[single] is not None:
             values[single] = _one(single, values[single])
     for path in ("image", "result_jsonl", "trace_dir"):
