@@ -36,6 +36,9 @@ MAX_ROWS = 64
 RECORDINGS = 1024
 """Recordings of the decode step that one call may make: a size of batch times a power of two of listed pages."""
 GREEDY = Sampling()
+INFERENCE = torch.inference_mode()
+"""Around whole stages, never around a `yield`, which would hand it to the caller: a small model's step is a tenth
+shorter without autograd's part in every call."""
 
 
 @frozen(kw_only=True)
@@ -166,7 +169,7 @@ class _Run:
 
 def _loop(model: Model, waiting: deque[Request], pool: KVPool, table: RequestTable) -> Iterator[Piece]:
     """The loop itself. Each turn admits what fits, then runs one prefill batch or else one decode step."""
-    step = capture(partial(_step, model), donate=("pool",), carry=("batch",), limit=RECORDINGS)
+    step = INFERENCE(capture(partial(_step, model), donate=("pool",), carry=("batch",), limit=RECORDINGS))
     runs: dict[int, _Run] = {}  # by row
     prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
     features: dict[int, VisionTokens] = {}  # of their images, by request
@@ -204,6 +207,7 @@ def _loop(model: Model, waiting: deque[Request], pool: KVPool, table: RequestTab
                 del runs[row]
 
 
+@INFERENCE
 def _encode_all(model: Model, runs: Sequence[_Run], features: dict[int, VisionTokens]) -> list[tuple[int, Piece]]:
     """Put the features of every run's images into `features`; a picture that cannot be decoded ends its run."""
     failed = []
@@ -241,6 +245,7 @@ def _prefill(
     return pool, table, logits
 
 
+@INFERENCE
 def _prefill_and_draw(
     model: Model, pool: KVPool, table: RequestTable, segments: Sequence[Segment], features: dict[int, VisionTokens]
 ) -> tuple[KVPool, RequestTable, dict[int, int]]:
