@@ -16,6 +16,7 @@ from mllm.cache import KVPool
 from mllm.kernels.reference import REFERENCE
 from mllm.model import Model
 from mllm.prompts import Expanded
+from mllm.requests import chunk
 from mllm.table import RequestTable
 from mllm.transform import capture
 
@@ -82,7 +83,7 @@ class Loop:
         made = [int(self.first[row]), *(int(tokens[row]) for tokens in self.tokens)]
         text = [*layout.tokens.tolist(), *made[:-1]]
         pool, table, rows = points.memory(model, 1, len(text))
-        batch = pack(table, [points.chunk(points.lay_out(model, text), rows[0])], device=model.device)
+        batch = pack(table, [chunk(points.lay_out(model, text), rows[0])], device=model.device)
         wanted = torch.arange(len(layout.tokens) - 1, len(text), device=model.device)
         batch = state.replace(batch, last=wanted)
         pool, logits = stages.prefill(model.weights, pool, batch, config=model.config, ops=REFERENCE)

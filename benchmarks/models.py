@@ -44,11 +44,6 @@ SMALL: dict[str, dict[str, Any]] = {
 EMBEDDED = "signs"  # the model that ships with the package
 
 
-def default_name() -> str:
-    """The embedded model where it is there, else small-vl."""
-    return EMBEDDED if (signs.FOLDER / "config.json").is_file() else "small-vl"
-
-
 def _folder_of(name: str) -> Path | None:
     """The folder that a name stands for: a path, or the embedded model; None for random weights."""
     folder = signs.FOLDER if name == EMBEDDED else Path(name)

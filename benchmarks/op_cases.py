@@ -13,6 +13,7 @@ from benchmarks import points
 from benchmarks.figures import Work
 from mllm import stages, state
 from mllm.batch import ForwardBatch
+from mllm.memory import PAGE_SIZE
 from mllm.model import Model
 from mllm.sampling import Sampling, sampling_batch
 
@@ -55,7 +56,7 @@ class Arguments:
 
     def plan(self, batch: ForwardBatch) -> Any:
         ops, model = self.model.ops, self.model
-        return ops.plan(batch, config=self.text, page_size=points.PAGE_SIZE[model.device.type], dtype=model.dtype)
+        return ops.plan(batch, config=self.text, page_size=PAGE_SIZE[model.device.type], dtype=model.dtype)
 
     def of(self, op: str) -> OpCase:
         """The case of one op. Raises `points.TooLargeError` for an op of the encoder where the model has none."""
@@ -75,7 +76,7 @@ def _embed(a: Arguments) -> OpCase:
 
 def _plan(a: Arguments) -> OpCase:
     batch = a.batch()
-    size = points.PAGE_SIZE[a.model.device.type]
+    size = PAGE_SIZE[a.model.device.type]
     kwargs = {"config": a.text, "page_size": size, "dtype": a.model.dtype}
     return OpCase(args=(batch,), kwargs=kwargs, work=Work(sum(t.nbytes for t in state.leaves(batch)), 0))
 
@@ -129,7 +130,7 @@ def _sample(a: Arguments) -> OpCase:
 def _advance(a: Arguments) -> OpCase:
     batch = a.batch()
     tokens = torch.ones(a.rows, dtype=torch.int32, device=a.model.device)
-    kwargs = {"page_size": points.PAGE_SIZE[a.model.device.type]}
+    kwargs = {"page_size": PAGE_SIZE[a.model.device.type]}
     return OpCase(args=(batch, tokens), kwargs=kwargs, work=Work(sum(t.nbytes for t in state.leaves(batch)), 0),
                   writes=(0,))  # fmt: skip
 

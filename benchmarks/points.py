@@ -13,15 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from mllm import images, prompts, stages, state
-from mllm.batch import Chunk, ForwardBatch, PatchBatch, SamplingBatch, VisionTokens, decode_batch, pack
+from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens, decode_batch, pack
 from mllm.cache import KVPool, bytes_per_token
 from mllm.image_config import ImageConfig
+from mllm.memory import PAGE_SIZE
 from mllm.model import Model
 from mllm.prompts import Expanded, Prompt
+from mllm.requests import chunk, join_patches
 from mllm.sampling import Sampling, sampling_batch
 from mllm.table import RequestTable
 
-PAGE_SIZE = {"cpu": 16, "cuda": 64}  # tokens of a page, as `mllm.generate` chooses
 CHUNK = 8192  # tokens in one prefill where only its result is wanted
 POOL_SHARE = 0.5  # of the memory that is free at the start may go to the KV pool
 
@@ -111,15 +112,6 @@ def memory(model: Model, rows: int, tokens: int) -> tuple[KVPool, RequestTable, 
     return pool, table, admitted
 
 
-def chunk(layout: Expanded, row: int, start: int = 0, stop: int | None = None) -> Chunk:
-    """Tokens [start, stop) of a prompt for a row."""
-    return Chunk(
-        row=row,
-        tokens=torch.from_numpy(layout.tokens[start:stop]),
-        positions=torch.from_numpy(layout.positions[:, start:stop]),
-    )
-
-
 def fill(
     model: Model, pool: KVPool, table: RequestTable, rows: Sequence[int], layouts: Sequence[Expanded]
 ) -> tuple[KVPool, RequestTable, Tensor]:
@@ -152,7 +144,7 @@ def patches_of(model: Model, pictures: Sequence[Image.Image], at: Sequence[int])
     config = _image_config(model)
     parts = [images.patches(picture, config) for picture in pictures]
     grids = [images.grid(picture.size, config) for picture in pictures]
-    return _patch_batch(model, config, parts, grids, at)
+    return join_patches(parts, grids, np.array(at, np.int64), config, device=model.device)
 
 
 def random_patches(model: Model, grid: tuple[int, int]) -> PatchBatch:
@@ -162,22 +154,7 @@ def random_patches(model: Model, grid: tuple[int, int]) -> PatchBatch:
         raise ValueError(f"--grid: sides must be multiples of {config.merge}, got {grid[0]}x{grid[1]}")
     count = grid[0] * grid[1]
     noise = np.random.default_rng(count).integers(0, 256, (count, 3 * config.patch**2), np.uint8)
-    return _patch_batch(model, config, [noise], [grid], range(count // config.merge**2))
-
-
-def _patch_batch(
-    model: Model, config: ImageConfig, parts: list[np.ndarray], grids: list[tuple[int, int]], at: Sequence[int]
-) -> PatchBatch:
-    coords = [images.coordinates(grid, config) for grid in grids]
-    bounds = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-    return PatchBatch(
-        patches=torch.from_numpy(np.concatenate(parts)).to(model.device),
-        coords=torch.from_numpy(np.concatenate(coords, axis=1)).to(model.device),
-        indptr=torch.from_numpy(bounds).to(model.device),
-        at=torch.tensor(list(at), dtype=torch.int64, device=model.device),
-        mean=config.mean,
-        std=config.std,
-    )
+    return join_patches([noise], [grid], np.arange(count // config.merge**2), config, device=model.device)
 
 
 def _image_config(model: Model) -> ImageConfig:

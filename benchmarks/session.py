@@ -32,7 +32,7 @@ class Session:
 
     @cached_property
     def model(self) -> Model:
-        name = self.settings.model or models.default_name()
+        name = self.settings.model or models.EMBEDDED
         return models.get(name, device=self.settings.device, dtype=self.settings.dtype)
 
     @cached_property

@@ -18,6 +18,7 @@ from mllm import stages
 from mllm.batch import VisionTokens, pack
 from mllm.model import Model
 from mllm.prompts import Expanded
+from mllm.requests import chunk
 
 PROMPTS = ("The capital of France is", "The capital of the United Kingdom is", "Today is a sunny day and I like")
 NEW_TOKENS = 16
@@ -62,7 +63,7 @@ def _greedy(
     total = len(layout.tokens) + NEW_TOKENS
     pool, table, rows = points.memory(model, 1, total)
     for start, stop in parts:
-        batch = pack(table, [points.chunk(layout, rows[0], start, stop)], device=model.device)
+        batch = pack(table, [chunk(layout, rows[0], start, stop)], device=model.device)
         mine = _crop(vision, start, stop)
         pool, logits = stages.prefill(model.weights, pool, batch, mine, config=model.config, ops=model.ops)
         table = stages.commit(table, rows, [stop - start])

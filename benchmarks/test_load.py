@@ -17,7 +17,7 @@ from mllm import state
 @pytest.mark.benchmark(group="load")
 def test_load(case: Case, tmp_path: Path) -> None:
     s, model = case.session.settings, case.session.model
-    folder = models.folder(s.model or models.default_name(), model, tmp_path)
+    folder = models.folder(s.model or models.EMBEDDED, model, tmp_path)
     loaded = case.time(
         lambda: mllm.load(folder, device=s.device, dtype=s.dtype, progress=False),
         work=Work(model.weights.nbytes, 0),

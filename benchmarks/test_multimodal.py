@@ -11,6 +11,7 @@ from mllm import stages
 from mllm.batch import VisionTokens, pack
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
+from mllm.requests import chunk
 
 TEXT = 32  # tokens of text beside the picture where no length was asked for
 
@@ -35,7 +36,7 @@ def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
     session.fits(batch, length)
     box = {}
     box["pool"], table, rows = points.memory(model, batch, length)
-    tokens = pack(table, [points.chunk(layout, row) for row in rows], device=model.device)
+    tokens = pack(table, [chunk(layout, row) for row in rows], device=model.device)
     at = [row * length + layout.starts[0] + i for row in range(batch) for i in range(count)]
     patches = points.patches_of(model, [picture] * batch, at)
 

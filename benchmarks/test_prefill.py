@@ -11,6 +11,7 @@ from benchmarks.session import Case
 from mllm import stages, state
 from mllm.batch import pack
 from mllm.kernels.reference import REFERENCE
+from mllm.requests import chunk
 
 
 @pytest.mark.benchmark(group="prefill")
@@ -21,7 +22,7 @@ def test_prefill(case: Case, batch: int, input_len: int) -> None:
     layouts = [points.lay_out(model, t) for t in points.text_tokens(model, batch, input_len, prompt)]
     box = {}
     box["pool"], table, rows = points.memory(model, batch, input_len)
-    tokens = pack(table, [points.chunk(lay, row) for lay, row in zip(layouts, rows, strict=True)], device=model.device)
+    tokens = pack(table, [chunk(lay, row) for lay, row in zip(layouts, rows, strict=True)], device=model.device)
 
     def call(pool):
         box["pool"], logits = stages.prefill(model.weights, pool, tokens, config=model.config, ops=model.ops)
@@ -33,7 +34,7 @@ def test_prefill(case: Case, batch: int, input_len: int) -> None:
     # the same in two parts by the reference ops: the second part reads the first from the pool
     pool, cut, parts = state.clone(box["pool"]), input_len // 2, []
     for start, stop in ((0, cut), (cut, input_len)) if cut else ((0, input_len),):
-        part = pack(table, [points.chunk(y, r, start, stop) for y, r in zip(layouts, rows, strict=True)],
+        part = pack(table, [chunk(y, r, start, stop) for y, r in zip(layouts, rows, strict=True)],
                     device=model.device)  # fmt: skip
         pool, out = stages.prefill(model.weights, pool, part, config=model.config, ops=REFERENCE)
         table = stages.commit(table, rows, [stop - start] * batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mllm import images, prompts
 from mllm.batch import Chunk, PatchBatch, VisionTokens
 from mllm.errors import PromptError
+from mllm.image_config import ImageConfig
 from mllm.model import Model
 from mllm.prompts import Expanded, Prompt
 from mllm.sampling import Sampling
@@ -118,14 +119,25 @@ def patch_batch(model: Model, request: Request) -> PatchBatch:
     if config is None:
         raise PromptError("a model that reads only text has no patches")
     parts = [images.patches(image, config) for image in request.prompt.images]
-    coords = [images.coordinates(grid, config) for grid in request.layout.grids]
+    return join_patches(parts, request.layout.grids, image_indices(request.layout), config, device=model.device)
+
+
+def join_patches(
+    parts: Sequence[np.ndarray],
+    grids: Sequence[tuple[int, int]],
+    at: np.ndarray,
+    config: ImageConfig,
+    *,
+    device: torch.device,
+) -> PatchBatch:
+    """Images that are cut already (uint8 [X_i U], of `grids` patches) as one batch; merged patch m goes to `at[m]`."""
+    coords = [images.coordinates(grid, config) for grid in grids]
     bounds = np.cumsum([0, *[len(part) for part in parts]], dtype=np.int32)
-    device = model.device
     return PatchBatch(
         patches=torch.from_numpy(np.concatenate(parts)).to(device),
         coords=torch.from_numpy(np.concatenate(coords, axis=1)).to(device),
         indptr=torch.from_numpy(bounds).to(device),
-        at=torch.from_numpy(image_indices(request.layout)).to(device),
+        at=torch.from_numpy(at).to(device),
         mean=config.mean,
         std=config.std,
     )
@@ -146,12 +158,16 @@ class Segment:
         return self.stop == self.request.length
 
     def chunk(self) -> Chunk:
-        tokens, positions = self.request.layout.tokens, self.request.layout.positions
-        return Chunk(
-            row=self.row,
-            tokens=torch.from_numpy(tokens[self.start : self.stop]),
-            positions=torch.from_numpy(positions[:, self.start : self.stop]),
-        )
+        return chunk(self.request.layout, self.row, self.start, self.stop)
+
+
+def chunk(layout: Expanded, row: int, start: int = 0, stop: int | None = None) -> Chunk:
+    """Tokens [start, stop) of a prompt, to run in row `row`."""
+    return Chunk(
+        row=row,
+        tokens=torch.from_numpy(layout.tokens[start:stop]),
+        positions=torch.from_numpy(layout.positions[:, start:stop]),
+    )
 
 
 def cut(requests: Sequence[tuple[Request, int]], *, limit: int) -> Iterator[list[Segment]]:

@@ -159,10 +159,14 @@ def random(config: Config, *, seed: int = 0, device: str | torch.device = "cpu",
     generator = torch.Generator(device).manual_seed(seed)
 
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
-        noise = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
-        noise = empty(path, config, shape, device=device, dtype=dtype).copy_(noise)
+        made = empty(path, config, shape, device=device, dtype=dtype)
+        # drawn row by row whatever the layout, so that the layout does not change the numbers
+        noise = made if made.is_contiguous() else torch.empty(shape, dtype=dtype, device=device)
+        noise.normal_(0.0, 0.02, generator=generator)
+        if noise is not made:
+            made.copy_(noise)
         name = path.rpartition(".")[2]
         is_scale = "norm" in name and not name.endswith("bias")
-        return noise.add_(1.0) if is_scale else noise
+        return made.add_(1.0) if is_scale else made
 
     return build(config, make)

@@ -202,7 +202,6 @@ def blocks(page: str, language: str) -> list[str]:
     )
 
 
-@pytest.mark.skipif(not mllm.signs.FOLDER.is_dir(), reason="the embedded model is not in this checkout")
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_the_python_on_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would type them, in an empty folder."""

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the definition that kernels are tested against, and the table that CPUs run.
+"""Every op in plain PyTorch: the definition that every other table is tested against.
 
 Nothing here reads a number on the host in decode, so the same table can be recorded as a CUDA graph; prefill and
 vision loop over the requests of a batch and read their bounds.
