@@ -15,7 +15,7 @@ from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
 from mllm.kernels.ops import Ops
-from mllm.kernels.tables import decode_ops_for, ops_for
+from mllm.kernels.tables import tables_for
 from mllm.prompts import Prompt
 from mllm.tokenizer import Tokenizer
 from mllm.weights import Weights
@@ -27,14 +27,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Model:
     """Constants that the stages close over.
 
-    `decode_ops` gives the ops of a decode step by its number of rows; None where `ops` serves it too. `tokenizer` is
-    None where the folder has none, `images` (how pictures become patches) where the model reads only text.
+    `ops` and the tables after it are what `mllm.kernels.tables.Tables` says of its device. `tokenizer` is None where
+    the folder has none, `images` (how pictures become patches) where the model reads only text.
     """
 
     config: Config
     weights: Weights
     ops: Ops
     decode_ops: Callable[[int], Ops] | None = None
+    prompt_ops: Callable[[int], Ops] | None = None
+    vision_ops: Callable[[int], Ops] | None = None
     tokenizer: Tokenizer | None = None
     images: ImageConfig | None = None
     name: str = ""
@@ -79,8 +81,7 @@ def load(
     return Model(
         config=config,
         weights=checkpoint.load(folder, config, device=_device(device), dtype=kind, progress=progress),
-        ops=ops_for(device),
-        decode_ops=decode_ops_for(device),
+        **tables_for(device)._asdict(),
         tokenizer=Tokenizer.load(folder),
         images=images,
         name="signs" if path is None else folder.name,
@@ -104,8 +105,7 @@ def dummy(
     return Model(
         config=parsed,
         weights=weights.random(parsed, seed=seed, device=_device(device), dtype=kind),
-        ops=ops_for(device),
-        decode_ops=decode_ops_for(device),
+        **tables_for(device)._asdict(),
         images=_image_config(None, parsed, name),
         name=name,
     )

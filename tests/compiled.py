@@ -50,13 +50,13 @@ def calls(model: str, rows: int, *, pdl: bool) -> None:
     )  # fmt: skip
     plan = ops.plan(batch, config=config, page_size=64, dtype=torch.bfloat16)
     x = ops.embed(batch.tokens, empty(size["V"], size["E"]))
-    qkv = ops.norm_linear(x, empty(size["E"]), empty(size["C"], size["E"]), eps=1e-6)
+    x, qkv = ops.norm_linear(x, empty(size["E"]), empty(size["C"], size["E"]), eps=1e-6)
     pool = empty(100, 64, size["K"], size["D"])
     y = ops.attend_(qkv, empty(size["D"]), empty(size["D"]), plan, pool, pool, eps=1e-6)
     x = ops.linear_add(y, empty(size["E"], size["A"]), x)
-    gate = ops.norm_gate(x, empty(size["E"]), empty(size["G"], size["E"]), eps=1e-6)
+    x, gate = ops.norm_gate(x, empty(size["E"]), empty(size["G"], size["E"]), eps=1e-6)
     x = ops.linear_add(gate, empty(size["E"], size["F"]), x)
-    logits = ops.head(x, empty(size["E"]), empty(size["V"], size["E"]), eps=1e-6)
+    logits = ops.head(x, batch.last, empty(size["E"]), empty(size["V"], size["E"]), eps=1e-6)
     tokens = step.argmax(logits, pdl=pdl)
     ops.advance_(batch, tokens, page_size=64)
 

@@ -69,6 +69,35 @@ def linear_kernel(x, norm, w, residual, y, N, eps, K: tl.constexpr, BN: tl.const
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
 
 
+@triton.jit
+def norm_linear_kernel(x, norm, w, y, N, eps, K: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr,
+                       PDL: tl.constexpr):  # fmt: skip
+    """As `linear_kernel` with NORM, for a K that is a power of two: a program keeps the normalised x and goes over
+    every num_programs-th tile of outputs, with the next tile's weights on their way while it sums up this one's."""
+    first = tl.program_id(0) * BN
+    step = tl.num_programs(0) * BN
+    k = tl.arange(0, K)
+    r = tl.arange(0, BN)
+    launch_dependents(PDL)
+    tile = _weights(w, first + r, k, N, K, True)
+    if GATE:
+        tile_up = _weights(w + N * K, first + r, k, N, K, True)
+    scale = tl.load(norm + k).to(tl.float32)
+    wait(PDL)
+    value = tl.load(x + k).to(tl.float32)
+    value = value * scale * tl.rsqrt(tl.sum(value * value, 0) / K + eps)
+    for at in tl.range(first, N, step):
+        n = at + r
+        after = _weights(w, n + step, k, N, K, True)
+        out = tl.sum(tile.to(tl.float32) * value[None, :], 1)
+        if GATE:
+            after_up = _weights(w + N * K, n + step, k, N, K, True)
+            out = out * tl.sigmoid(out) * tl.sum(tile_up.to(tl.float32) * value[None, :], 1)
+            tile_up = after_up
+        tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+        tile = after
+
+
 class Tile(NamedTuple):
     """The work of one program: outputs, inputs at a time, warps."""
 
@@ -82,6 +111,21 @@ def tile(inputs: int, *, gate: bool) -> Tile:
     return Tile(4, min(1024 if gate else 2048, triton.next_power_of_2(inputs)), 4)
 
 
+class Loop(NamedTuple):
+    """How `norm_linear_kernel` goes over its outputs: outputs at a time, warps, programs at most."""
+
+    outputs: int
+    warps: int
+    programs: int
+
+
+def loop(inputs: int, *, gate: bool) -> Loop | None:
+    """None where `linear_kernel` serves: x has to fit the registers of a program, as a power of two."""
+    if inputs > 4096 or inputs != triton.next_power_of_2(inputs):
+        return None
+    return Loop(max(1, (4096 if gate else 8192) // inputs), 4, 396)
+
+
 def _launch(
     x: Tensor, norm: Tensor | None, w: Tensor, residual: Tensor | None, *, eps: float, gate: bool, pdl: bool,
     dtype: torch.dtype | None = None,
@@ -91,6 +135,11 @@ def _launch(
     inputs = x.shape[1]
     outputs = len(w) // 2 if gate else len(w)
     y = x.new_empty(1, outputs, dtype=dtype or x.dtype)
+    if norm is not None and (over := loop(inputs, gate=gate)):
+        norm_linear_kernel[(min(over.programs, triton.cdiv(outputs, over.outputs)),)](
+            x, norm, w, y, outputs, eps, K=inputs, BN=over.outputs, GATE=gate, num_warps=over.warps, **options(pdl)
+        )  # fmt: skip
+        return y
     size = tile(inputs, gate=gate)
     linear_kernel[(triton.cdiv(outputs, size.outputs),)](
         x, x if norm is None else norm, w, x if residual is None else residual, y, outputs, eps,
@@ -100,17 +149,18 @@ def _launch(
     return y
 
 
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
-    return _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl)
+def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
+    return x, _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl)
 
 
-def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
-    return _launch(x, norm, weight, None, eps=eps, gate=True, pdl=pdl)
+def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
+    return x, _launch(x, norm, weight, None, eps=eps, gate=True, pdl=pdl)
 
 
 def linear_add(y: Tensor, weight: Tensor, x: Tensor, *, pdl: bool) -> Tensor:
     return _launch(y, None, weight, x, eps=0.0, gate=False, pdl=pdl)
 
 
-def head(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
+def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
+    """Of a step of one row, whose only position is the last."""
     return _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl, dtype=torch.float32)

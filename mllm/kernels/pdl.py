@@ -25,7 +25,10 @@ def wait(PDL: tl.constexpr):
         gdc_wait()
 
 
+FUSED = {"enable_fp_fusion": True}
+"""A launch argument of every kernel: Triton 3.10 turns multiply-add off unless it is asked for."""
+
+
 def options(pdl: bool) -> dict[str, bool]:
-    """The launch arguments of every kernel. `launch_pdl` is named only where it is wanted: it needs capability 9.0."""
-    fused = {"enable_fp_fusion": True}  # Triton 3.10 turns multiply-add off unless it is asked for
-    return fused | ({"PDL": True, "launch_pdl": True} if pdl else {"PDL": False})
+    """The launch arguments of a kernel of a chain. `launch_pdl` is named only where it is wanted: it needs 9.0."""
+    return FUSED | ({"PDL": True, "launch_pdl": True} if pdl else {"PDL": False})

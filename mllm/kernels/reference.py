@@ -63,8 +63,8 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
     )
 
 
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return F.linear(F.rms_norm(x, norm.shape, norm, eps), weight)
+def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    return x, F.linear(F.rms_norm(x, norm.shape, norm, eps), weight)
 
 
 def attend_(
@@ -118,13 +118,13 @@ def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return torch.addmm(x, y, weight.T)
 
 
-def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    gate, up = norm_linear(x, norm, weight, eps=eps).chunk(2, -1)
-    return F.silu(gate).mul_(up)
+def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    gate, up = norm_linear(x, norm, weight, eps=eps)[1].chunk(2, -1)
+    return x, F.silu(gate).mul_(up)
 
 
-def head(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return norm_linear(x, norm, weight, eps=eps).float()
+def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    return norm_linear(x.index_select(0, last), norm, weight, eps=eps)[1].float()
 
 
 def put_(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:

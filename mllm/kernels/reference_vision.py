@@ -65,8 +65,10 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig) -> VisionPlan:
     )
 
 
-def layer_norm_linear(x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.layer_norm(x, norm.shape, norm, norm_bias, EPS), weight, bias)
+def layer_norm_linear(
+    x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x, F.linear(F.layer_norm(x, norm.shape, norm, norm_bias, EPS), weight, bias)
 
 
 def attend_images(qkv: Tensor, plan: VisionPlan) -> Tensor:
@@ -85,8 +87,10 @@ def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
     return F.linear(y, weight, bias).add_(x)
 
 
-def layer_norm_gelu(x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(layer_norm_linear(x, norm, norm_bias, weight, bias), approximate="tanh")
+def layer_norm_gelu(
+    x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x, F.gelu(layer_norm_linear(x, norm, norm_bias, weight, bias)[1], approximate="tanh")
 
 
 def merge(x: Tensor, weights: Merger | TapMerger) -> Tensor:
