@@ -19,28 +19,24 @@ from mllm.kernels.pdl import launch_dependents, options, wait
 
 
 class Tile(NamedTuple):
-    """Outputs of a program, inputs at a time, parts that the inputs are split into, warps, tiles in flight."""
+    """Outputs of a program, inputs at a time, parts that the inputs are split into, warps, tiles in flight; with
+    programmatic dependent launch, inputs whose weights are fetched ahead."""
 
     outputs: int
     inputs: int
     parts: int
     warps: int
     stages: int
+    ahead: int = 0
 
 
-@triton.jit
-def _prefetch(w, n, k, N, K: tl.constexpr, BYTES: tl.constexpr):
-    """Ask for BYTES of each row n of w, from input k on, to be brought into the L2 cache."""
-    at = w + tl.minimum(n, N - 1).to(tl.int64) * K + k
-    tl.inline_asm_elementwise(
-        f"cp.async.bulk.prefetch.L2.global [$1], {BYTES}; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
 
 
 @triton.jit
 def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  BP: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  BP: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """y [parts B N] from x [B K] and w [N K], part s from inputs s*KS to (s + 1)*KS.
 
     GATE: w [2N K] holds gate over up, y is silu(gate) * up, and a program takes BN/2 of each.
@@ -56,6 +52,10 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     b = tl.arange(0, BP)
     rows = n.to(tl.int64)[:, None] * K
     acc = tl.zeros([BN, BP], tl.float32)
+    if AHEAD > 0:  # inputs whose weights are asked for, into the L2 cache, while the kernel before still runs
+        slab = w + tl.where(inside, rows, 0) + part * KS
+        length = tl.full([BN], AHEAD * 2, tl.int32)
+        tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [slab, length], dtype=tl.int32, is_pure=False, pack=1)
     wait(PDL)
     for start in tl.range(part * KS, part * KS + KS, BK, num_stages=STAGES):
         at = start + k
@@ -96,6 +96,7 @@ def linear(
     y = torch.empty(shape, dtype=torch.float32 if parts else dtype or x.dtype, device=x.device)
     skinny_kernel[(triton.cdiv(outputs, tile.outputs // 2 if gate else tile.outputs), count)](
         x, w, y, rows, outputs, K=inputs, KS=each, BN=tile.outputs, BK=tile.inputs,
-        BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=tile.stages, num_warps=tile.warps, **options(pdl),
+        BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=tile.stages,
+        AHEAD=min(tile.ahead, each, inputs - (count - 1) * each) if pdl else 0, num_warps=tile.warps, **options(pdl),
     )  # fmt: skip
     return y
