@@ -24,7 +24,7 @@ PATCH, MERGE = 16, 2
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 512 * 512
 # The share of each kind among the training pictures: text is by far the hardest, then telling shapes of one colour apart
 SHARES = {
-    "shapes": 0.05, "text": 0.42, "count": 0.11, "place": 0.06, "where": 0.02, "change": 0.12, "chat": 0.02, "alike": 0.20
+    "shapes": 0.05, "text": 0.41, "count": 0.13, "place": 0.06, "where": 0.02, "change": 0.12, "chat": 0.02, "alike": 0.19
 }  # fmt: skip
 # Further questions about each picture: drawing one costs more than learning from it
 FURTHER = dict.fromkeys(SHARES, 2) | {"alike": 4}
