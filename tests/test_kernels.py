@@ -173,7 +173,7 @@ def test_generate_on_the_gpu_gives_the_tokens_of_the_cpu(device: str) -> None:
     )  # fmt: skip
     cpu = mllm.dummy(config, dtype="float32")
     weights = map_leaves(lambda t: t.contiguous().to(device), cpu.weights)
-    gpu = Model(config=config, weights=weights, ops=cpu.ops, decode_ops=tables_for(device).decode_ops, name="gpu")
+    gpu = Model(config=config, weights=weights, **tables_for(device)._asdict(), name="gpu")
     prompts = [mllm.Prompt(tokens=[(7 * i + j) % 500 for j in range(3 + 40 * i)]) for i in range(5)]
     for rows in (1, 5):
         expected = mllm.generate(cpu, prompts, max_new_tokens=40, max_running_requests=rows)

@@ -183,6 +183,9 @@ def test_an_op_writes_only_what_it_declares(case: Case) -> None:
     out = call(*args, **kwargs)
     assert watch.changed() == {str(i) for i in WRITES.get(case.op, set())}
     assert case.op.endswith("_") == bool(WRITES.get(case.op))
+    if isinstance(out, tuple):  # the stream that was handed in, for the next op, and the result
+        assert out[0] is args[0]
+        out = out[1]
     if not case.op.endswith("_"):  # a result that shares memory would let the next op write to an argument
         shared = {t.untyped_storage().data_ptr() for arg in args for t in leaves(arg)}
         assert not shared & {t.untyped_storage().data_ptr() for t in leaves(out)}

@@ -42,8 +42,8 @@ def _locate(indptr, tile, B, BP: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _keys(keys, values, pages, t, end, head, KS: tl.constexpr, VS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-          S: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _keys(keys, values, pages, t, end, head, KS: tl.constexpr, VS: tl.constexpr, D: tl.constexpr,
+          DP: tl.constexpr, S: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Keys and values [BN DP] of tokens from t on; those at or beyond `end` are zeros where MASKED."""
     d = tl.arange(0, DP)
     token = t + tl.arange(0, BN)
@@ -77,8 +77,9 @@ def _attend(q, k, v, top, total, acc, visible, MASKED: tl.constexpr):
 @triton.jit
 def flash_kernel(
     q, keys, values, out, indptr, lengths, pages, B, N,
-    QS: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr,
-    BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PAGED: tl.constexpr, CAUSAL: tl.constexpr,
+    QS: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    S: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PAGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """out [T H*D] of q [T H D], already times the scale; row b has queries indptr[b] to indptr[b + 1].
 
@@ -138,8 +139,9 @@ def _launch(
     grid = (heads, triton.cdiv(tokens, tile.queries) + rows)  # each row's last tile may be a part of one
     flash_kernel[grid](
         q, keys, values, out, indptr, lengths, pages, rows, pages.shape[-1],
-        QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, DP=max(16, triton.next_power_of_2(size)), S=page_size,
-        BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, STAGES=tile.stages, PAGED=paged, CAUSAL=paged, num_warps=tile.warps, **FUSED,
+        QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, DP=max(16, triton.next_power_of_2(size)),
+        S=page_size, BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, STAGES=tile.stages, PAGED=paged,
+        CAUSAL=paged, num_warps=tile.warps, **FUSED,
     )  # fmt: skip
     return out
 

@@ -47,5 +47,7 @@ class Ops:
     layer_norm_linear: Callable[..., tuple[Stream, Tensor]]  # x, norm, norm_bias, weight, bias -> x, [X ...]
     attend_images: Callable[..., Tensor]  # qkv [X Cv], plan -> [X Ev]
     linear_bias_add: Callable[..., Stream]  # y, weight, bias, x -> x + y @ weight.T + bias
-    layer_norm_gelu: Callable[..., tuple[Stream, Tensor]]  # x, norm, norm_bias, weight, bias -> x, gelu_tanh(...) [X Fv]
+    layer_norm_gelu: Callable[
+        ..., tuple[Stream, Tensor]
+    ]  # x, norm, norm_bias, weight, bias -> x, gelu_tanh(...) [X Fv]
     merge: Callable[..., Tensor]  # x [X Ev], Merger or TapMerger -> [M E]

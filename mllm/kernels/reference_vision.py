@@ -87,9 +87,7 @@ def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
     return F.linear(y, weight, bias).add_(x)
 
 
-def layer_norm_gelu(
-    x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
+def layer_norm_gelu(x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return x, F.gelu(layer_norm_linear(x, norm, norm_bias, weight, bias)[1], approximate="tanh")
 
 
