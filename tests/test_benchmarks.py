@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import mllm
 from mllm import families, plot
@@ -235,9 +236,17 @@ def test_traces_are_one_file_a_point_named_by_it(run: Path) -> None:
     assert not any(name.startswith(("vit", "prefill")) for name in names)
 
 
-def test_plots_are_drawn_from_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_drawn_described_and_tabulated(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert plot.main([str(run / "out.json"), "--into", str(tmp_path)]) == 0
-    made = [Path(line) for line in capsys.readouterr().out.split()]
-    assert [path.name for path in made] == ["latency.png", "throughput.png", "roofline.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    *drawn, text = [Path(line) for line in capsys.readouterr().out.split()]
+    assert [path.name for path in drawn] == ["latency.png", "throughput.png", "roofline.png"]
+    shown = text.read_text()
+    for path in drawn:
+        with Image.open(path) as image:
+            assert f"![{image.info['Description']}]({path.name})" in shown
+    assert "lines for 1 row, 2 rows" in shown
+    data = json.loads((run / "out.json").read_text())
+    one = next(case for case in data["benchmarks"] if case["name"] == "test_prefill[bs=1-in=96]")
+    assert f" {one['extra_info']['wall_ms']:.2f} (" in shown
+    assert "| 2 rows, eager |" in shown
