@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from mllm import checkpoint, families, prompts, signs, weights
 from mllm.config import Config
@@ -16,6 +16,7 @@ from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
 from mllm.kernels.ops import Ops
 from mllm.kernels.tables import tables_for
+from mllm.programs import Shelf
 from mllm.prompts import Prompt
 from mllm.tokenizer import Tokenizer
 from mllm.weights import Weights
@@ -40,6 +41,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     images: ImageConfig | None = None
     name: str = ""
+    shelf: Shelf = field(factory=Shelf, init=False)  # what calls leave to the next one
 
     def step_ops(self, rows: int) -> Ops:
         """The ops of a decode step of `rows` rows."""

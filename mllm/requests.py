@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import evolve, frozen
+from PIL.Image import Image
 from torch import Tensor
 
 from mllm import images, prompts
-from mllm.batch import Chunk, PatchBatch, VisionTokens
+from mllm.batch import Chunk, PatchBatch, VisionTokens, upload_all
 from mllm.errors import PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import Model
@@ -113,31 +114,54 @@ def image_indices(layout: Expanded) -> np.ndarray:
     return np.concatenate([np.arange(s, s + n) for s, n in zip(layout.starts, layout.counts, strict=True)])
 
 
-def patch_batch(model: Model, request: Request) -> PatchBatch:
-    """The patches of all images of a request, on the model's device. Decodes the images; raises `ImageError`."""
+def patch_batch(model: Model, request: Request, size: tuple[int, int] | None = None) -> PatchBatch:
+    """The patches of all images of a request, on the model's device, padded to `size` (patches, images).
+
+    Decodes and resizes the images; their bytes are cut into patches on the device. Raises `ImageError`.
+    """
     config = model.images
     if config is None:
         raise PromptError("a model that reads only text has no patches")
-    parts = [images.patches(image, config) for image in request.prompt.images]
-    return join_patches(parts, request.layout.grids, image_indices(request.layout), config, device=model.device)
+    parts = [_pixels(image, config, model.device) for image in request.prompt.images]
+    parts = [model.ops.cut(part, patch=config.patch, merge=config.merge) for part in parts]
+    at = image_indices(request.layout)
+    return join_patches(parts, request.layout.grids, at, config, device=model.device, size=size)
+
+
+def _pixels(image: Image, config: ImageConfig, device: torch.device) -> Tensor:
+    """The bytes of a picture at the size of its patches: uint8 [height width 3]."""
+    pixels = images.pixels(image, config)
+    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staged.numpy()[...] = pixels
+    return staged.to(device, non_blocking=True)
 
 
 def join_patches(
-    parts: Sequence[np.ndarray],
+    parts: Sequence[Tensor],
     grids: Sequence[tuple[int, int]],
     at: np.ndarray,
     config: ImageConfig,
     *,
     device: torch.device,
+    size: tuple[int, int] | None = None,
 ) -> PatchBatch:
     """Images that are cut already (uint8 [X_i U], of `grids` patches) as one batch; merged patch m goes to `at[m]`."""
-    coords = [images.coordinates(grid, config) for grid in grids]
     bounds = np.cumsum([0, *[len(part) for part in parts]], dtype=np.int32)
+    patches, count = size or (int(bounds[-1]), len(parts))
+    free = patches - int(bounds[-1])
+    coords = np.concatenate([images.coordinates(grid, config) for grid in grids], axis=1)
+    host = (
+        np.pad(coords, ((0, 0), (0, free))),
+        np.append(bounds, np.repeat(bounds[-1:], count - len(parts))),
+        np.pad(at, (0, free // config.merge**2), constant_values=-1),
+    )
+    coords_there, indptr, where = upload_all([torch.from_numpy(array) for array in host], device)
+    padding = [parts[0].new_zeros(free, parts[0].shape[1])] if free else []
     return PatchBatch(
-        patches=torch.from_numpy(np.concatenate(parts)).to(device),
-        coords=torch.from_numpy(np.concatenate(coords, axis=1)).to(device),
-        indptr=torch.from_numpy(bounds).to(device),
-        at=torch.from_numpy(at).to(device),
+        patches=torch.cat([*parts, *padding]),
+        coords=coords_there,
+        indptr=indptr,
+        at=where,
         mean=config.mean,
         std=config.std,
     )
@@ -188,8 +212,13 @@ def cut(requests: Sequence[tuple[Request, int]], *, limit: int) -> Iterator[list
         yield batch
 
 
-def crop(features: dict[int, VisionTokens], segments: Sequence[Segment]) -> VisionTokens | None:
-    """The image tokens that fall into a batch of segments; `features` holds those of each request, by its index."""
+def crop(
+    features: dict[int, VisionTokens], segments: Sequence[Segment], merged: int | None = None
+) -> VisionTokens | None:
+    """The image tokens that fall into a batch of segments, padded to `merged`; None where there are none.
+
+    `features` holds those of each request, by its index.
+    """
     embed: list[Tensor] = []
     deep: list[Tensor] = []
     at: list[np.ndarray] = []
@@ -205,5 +234,16 @@ def crop(features: dict[int, VisionTokens], segments: Sequence[Segment]) -> Visi
         offset += segment.stop - segment.start
     if not embed:
         return None
-    where = torch.from_numpy(np.concatenate(at)).to(embed[0].device)
-    return VisionTokens(embed=torch.cat(embed), deep=torch.cat(deep, dim=1), at=where)
+    where = np.concatenate(at)
+    if merged is not None and (free := merged - len(where)):
+        embed.append(embed[0].new_zeros(free, embed[0].shape[1]))
+        deep.append(deep[0].new_zeros(len(deep[0]), free, deep[0].shape[2]))
+        where = np.pad(where, (0, free), constant_values=-1)
+    (places,) = upload_all([torch.from_numpy(where)], embed[0].device)
+    return VisionTokens(embed=torch.cat(embed), deep=torch.cat(deep, dim=1), at=places)
+
+
+def pictured(segments: Sequence[Segment]) -> int:
+    """Image tokens in a batch of segments."""
+    counts = [np.searchsorted(image_indices(s.request.layout), (s.start, s.stop)) for s in segments]
+    return int(sum(last - first for first, last in counts))

@@ -42,6 +42,7 @@ def vision_ops(ops: Ops, *, captured: bool, wide: bool) -> Ops:
     """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it."""
     return attrs.evolve(
         ops,
+        cut=patches.cut,
         patch_embed=patch_embed,
         vision_plan=partial(vision_plan, captured=captured),
         layer_norm_linear=layer_norm_linear,
