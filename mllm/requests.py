@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mllm import images, prompts
 from mllm.batch import Chunk, PatchBatch, VisionTokens
-from mllm.errors import PromptError
+from mllm.errors import ImageError, PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import Model
 from mllm.prompts import Expanded, Prompt
@@ -52,6 +53,7 @@ def make(model: Model, prompt: Prompt, *, index: int, new_tokens: int, sampling:
     layout = prompts.expand(
         prompt, model.images, config.image_token_id, config.text.vocab_size, video_token_id=config.video_token_id
     )
+    _check_images(model, layout, index)
     length = len(layout.tokens)
     if length > context:
         raise PromptError(f"prompts[{index}]: {describe(layout)} exceed the model's context of {context} tokens")
@@ -60,6 +62,18 @@ def make(model: Model, prompt: Prompt, *, index: int, new_tokens: int, sampling:
         index=index, prompt=prompt, layout=layout, sampling=sampling, new_tokens=new, limit_reason="length",
         slots=length + new - 1,
     )  # fmt: skip
+
+
+def _check_images(model: Model, layout: Expanded, index: int) -> None:
+    """Raises `ImageError` for a picture beyond the declared limit, which the encoder's memory was planned for."""
+    limit = model.memory.image_pixels
+    for number, (rows, cols) in enumerate(layout.grids):
+        pixels = rows * cols * model.images.patch**2 if model.images else 0
+        if pixels > limit:
+            raise ImageError(
+                f"prompts[{index}]: image {number} is {pixels} pixels after resizing, more than the {limit} that the memory "
+                f"of {model.memory.device} has room for; scale it down, or load the model with a lower mem_fraction_static"
+            )
 
 
 def make_all(
@@ -106,20 +120,38 @@ def describe(layout: Expanded) -> str:
     return f"{total} tokens ({pictured} of them image tokens)" if pictured else f"{total} tokens"
 
 
-def image_indices(layout: Expanded) -> np.ndarray:
-    """Index of every image token of the prompt, in order."""
-    if not layout.starts:
+def image_indices(starts: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """Index of every image token of a prompt, in order; image i has `counts[i]` of them from `starts[i]` on."""
+    if not starts:
         return np.zeros(0, np.int64)
-    return np.concatenate([np.arange(s, s + n) for s, n in zip(layout.starts, layout.counts, strict=True)])
+    return np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
 
 
-def patch_batch(model: Model, request: Request) -> PatchBatch:
-    """The patches of all images of a request, on the model's device. Decodes the images; raises `ImageError`."""
-    config = model.images
+def image_batches(model: Model, request: Request) -> list[slice]:
+    """The images of a request in order, in batches of at most as many patches as the largest declared picture has."""
+    limit = model.memory.image_pixels // (model.images.patch**2 if model.images else 1)
+    starts, patches = [0], 0
+    for index, (rows, cols) in enumerate(request.layout.grids):
+        patches += rows * cols
+        if patches > limit and index > starts[-1]:
+            starts.append(index)
+            patches = rows * cols
+    return [slice(a, b) for a, b in pairwise([*starts, len(request.layout.grids)])]
+
+
+def largest_batch(model: Model, request: Request) -> int:
+    """Patches of the largest of a request's `image_batches`."""
+    return max(sum(r * c for r, c in request.layout.grids[part]) for part in image_batches(model, request))
+
+
+def patch_batch(model: Model, request: Request, part: slice = slice(None)) -> PatchBatch:
+    """The patches of some images of a request, on the model's device. Decodes the images; raises `ImageError`."""
+    config, layout = model.images, request.layout
     if config is None:
         raise PromptError("a model that reads only text has no patches")
-    parts = [images.patches(image, config) for image in request.prompt.images]
-    return join_patches(parts, request.layout.grids, image_indices(request.layout), config, device=model.device)
+    parts = [images.patches(image, config) for image in request.prompt.images[part]]
+    at = image_indices(layout.starts[part], layout.counts[part])
+    return join_patches(parts, layout.grids[part], at, config, device=model.device)
 
 
 def join_patches(
@@ -188,6 +220,23 @@ def cut(requests: Sequence[tuple[Request, int]], *, limit: int) -> Iterator[list
         yield batch
 
 
+def without(batches: Iterable[list[Segment]], rows: Container[int]) -> Iterator[list[Segment]]:
+    """Batches of segments without those of some rows."""
+    left = ([segment for segment in batch if segment.row not in rows] for batch in batches)
+    return filter(None, left)
+
+
+def join(parts: Sequence[VisionTokens]) -> VisionTokens:
+    """The features of images that were encoded in several batches, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return VisionTokens(
+        embed=torch.cat([p.embed for p in parts]),
+        deep=torch.cat([p.deep for p in parts], dim=1),
+        at=torch.cat([p.at for p in parts]),
+    )
+
+
 def crop(features: dict[int, VisionTokens], segments: Sequence[Segment]) -> VisionTokens | None:
     """The image tokens that fall into a batch of segments; `features` holds those of each request, by its index."""
     embed: list[Tensor] = []
@@ -195,7 +244,7 @@ def crop(features: dict[int, VisionTokens], segments: Sequence[Segment]) -> Visi
     at: list[np.ndarray] = []
     offset = 0
     for segment in segments:
-        index = image_indices(segment.request.layout)
+        index = image_indices(segment.request.layout.starts, segment.request.layout.counts)
         first, last = np.searchsorted(index, (segment.start, segment.stop))
         if first < last:
             mine = features[segment.request.index]
