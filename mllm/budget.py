@@ -171,12 +171,11 @@ def _with_limits(
     area = 0 if images is None or config.vision is None else images.factor**2  # the smallest picture, in pixels
 
     def at(rows: int, pixels: int) -> MemoryProfile:
-        share = min(made.context, made.effective_tokens // rows) * (
-            2 if device == "cpu" else 1
-        )  # listed in powers of two
+        share = min(made.context, made.effective_tokens // rows)
+        listed = 2 * share if device == "cpu" else share  # there pages are listed in powers of two
         patches = pixels // images.patch**2 if images else 0
         load = Load(
-            prefill_tokens=made.prefill_tokens, rows=rows, context=made.longest, listed=share, patches=patches,
+            prefill_tokens=made.prefill_tokens, rows=rows, context=made.longest, listed=listed, patches=patches,
             feature_tokens=pixels // area if area else 0,
         )  # fmt: skip
         predicted = peak.predict(config, load, itemsize=itemsize, device=device)
