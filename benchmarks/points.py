@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,17 +13,17 @@ from torch import Tensor
 
 from mllm import images, prompts, stages, state
 from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens, decode_batch, pack
-from mllm.cache import KVPool, bytes_per_token
+from mllm.budget import MemoryProfile
+from mllm.cache import PAGE_SIZE, KVPool
 from mllm.image_config import ImageConfig
-from mllm.memory import PAGE_SIZE
 from mllm.model import Model
 from mllm.prompts import Expanded, Prompt
-from mllm.requests import chunk, join_patches
+from mllm.requests import join_patches
 from mllm.sampling import Sampling, sampling_batch
+from mllm.segments import chunk
 from mllm.table import RequestTable
 
 CHUNK = 8192  # tokens in one prefill where only its result is wanted
-POOL_SHARE = 0.5  # of the memory that is free at the start may go to the KV pool
 
 
 class TooLargeError(Exception):
@@ -48,17 +47,9 @@ class Room:
             raise TooLargeError(f"{rows} x ({input_len}+{output_len}) = {need} tokens > {self.pool_tokens} in the pool")
 
 
-def room(model: Model, max_total_tokens: int | None) -> Room:
-    """The room for KV: what was asked for, or what half of the free memory holds."""
-    context = model.config.text.max_position_embeddings
-    if max_total_tokens is not None:
-        return Room(pool_tokens=max_total_tokens, context=context)
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    tokens = int(free * POOL_SHARE) // bytes_per_token(model.config.text, model.dtype)
-    return Room(pool_tokens=tokens, context=context)
+def room(memory: MemoryProfile) -> Room:
+    """The room for KV in a model's memory budget."""
+    return Room(pool_tokens=memory.effective_tokens, context=memory.context)
 
 
 def text_tokens(model: Model, rows: int, length: int, prompt: str | None = None) -> list[list[int]]:

@@ -64,6 +64,10 @@ class VisionTokens(State):
     deep: Tensor = tensor("J M E")
     at: Tensor = tensor("M", torch.int64)
 
+    def first(self, count: int) -> VisionTokens:
+        """The first `count` of them, which leaves out what padded the batch."""
+        return VisionTokens(embed=self.embed[:count], deep=self.deep[:, :count], at=self.at[:count])
+
 
 @state
 class SamplingBatch(State):

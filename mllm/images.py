@@ -94,8 +94,9 @@ def patches(image: Image.Image, config: ImageConfig) -> NDArray[np.uint8]:
     Patches that merge into one token are neighbours. The temporal axis is left out: a still picture is one
     frame repeated, so the patch embedding sums its temporal kernels instead. Raises `ImageError` as `pixels` does.
     """
+    whole = pixels(image, config)
     (rows, cols), patch, merge = grid(image.size, config), config.patch, config.merge
-    tiles = pixels(image, config).reshape(rows // merge, merge, patch, cols // merge, merge, patch, 3)
+    tiles = whole.reshape(rows // merge, merge, patch, cols // merge, merge, patch, 3)
     return np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(rows * cols, 3 * patch**2)
 
 

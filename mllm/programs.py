@@ -18,7 +18,7 @@ from mllm import stages
 from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens
 from mllm.cache import KVPool
 from mllm.errors import ImageError
-from mllm.state import Tree, is_donated
+from mllm.state import Tree, is_donated, leaves
 from mllm.transform import capture, recorder_for
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Programs:
     vit: Callable[..., VisionTokens]
 
 
-def make(model: Model) -> Programs:
+def make_programs(model: Model) -> Programs:
     """Programs that have recorded nothing yet."""
     recorder = recorder_for(model.device)
     wrap = partial(capture, evict=True, recorder=recorder)
@@ -95,13 +95,18 @@ class Shelf:
 
     kept: tuple[Programs, KVPool] | None = field(default=None, init=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool that is kept."""
+        return sum(t.nbytes for t in leaves(self.kept[1])) if self.kept else 0
+
     def take(self, model: Model, pages: int, make_pool: Callable[[], KVPool]) -> tuple[Programs, KVPool]:
         """What is kept, if its pool has `pages` usable pages or more; or new programs over a new pool."""
         kept, self.kept = self.kept, None
         if kept is not None and kept[1].keys.shape[1] > pages:
             return kept
         del kept  # the memory of a pool that is too small is free before there is a new one
-        return make(model), make_pool()
+        return make_programs(model), make_pool()
 
     def put(self, model: Model, programs: Programs, pool: KVPool) -> None:
         """Keep them for the next call where recordings are dear, which is on a GPU; never a pool that a stage lost."""

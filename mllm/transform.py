@@ -58,13 +58,13 @@ def capture(
     if unknown := sorted({*donate, *carry} - parameters.parameters.keys()):
         raise CaptureError(f"{name} has no argument {unknown}; it has {list(parameters.parameters)}")
     recordings: dict[Any, _Recording] = {}
+    recorders = [recorder] if recorder is not None else []
 
     def captured(*args: Any, **kwargs: Any) -> Tree:
         bound = parameters.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         key = tuple((argument, signature(value)) for argument, value in given.items())
-        nonlocal recorder
         recording = recordings.pop(key, None)
         if recording is not None:
             recordings[key] = recording  # the dict's order is that of their last use
@@ -73,10 +73,10 @@ def capture(
             if not evict:
                 raise CaptureError(_beyond_limit(name, limit, key, list(recordings)))
             recordings.pop(next(iter(recordings)))
-        if recorder is None:
-            recorder = _recorder_for(given)
+        if not recorders:  # one for all recordings, so that they share memory; which kind, the first call shows
+            recorders.append(_recorder_for(given))
         recording = _Recording(name, tuple(donate), tuple(carry))
-        out = recording.record(fn, given, recorder)
+        out = recording.record(fn, given, recorders[0])
         recordings[key] = recording
         return out
 
