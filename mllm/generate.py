@@ -24,7 +24,7 @@ from mllm.cache import KVPool
 from mllm.completion import Completion, Piece, join
 from mllm.errors import ImageError
 from mllm.model import Model
-from mllm.programs import INFERENCE, Programs, make_programs
+from mllm.programs import INFERENCE, Lease, Programs, make_programs
 from mllm.prompts import Prompt
 from mllm.requests import Request
 from mllm.runs import Read, Run
@@ -130,12 +130,21 @@ def _pool(model: Model, table: RequestTable, pages: int) -> KVPool:
 
 
 def _loop(model: Model, waiting: deque[Request], table: RequestTable) -> Iterator[Piece]:
+    """Lend the turns what they run on, and take it back however they end."""
+    make_pool = partial(_pool, model, table, memory.pool_pages(model, table))
+    lease = model.shelf.take(model, len(table.free), make_pool)
+    try:
+        yield from _turns(model, waiting, table, lease)
+    finally:
+        model.shelf.put(model, lease)
+
+
+def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Lease) -> Iterator[Piece]:
     """The loop itself. Each turn admits what fits, then runs one prefill batch or else one decode step.
 
     A GPU's tokens are read one step behind: the next step is on its way while the host looks at those of the last.
     """
-    make_pool = partial(_pool, model, table, memory.pool_pages(model, table))
-    programs, pool = model.shelf.take(model, len(table.free), make_pool)
+    programs = lease.programs
     most = 2 if model.device.type == "cuda" else 1  # steps whose tokens are on their way to the host
     runs: dict[int, Run] = {}  # by row
     prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
@@ -154,16 +163,16 @@ def _loop(model: Model, waiting: deque[Request], table: RequestTable) -> Iterato
             failed = {row for row, _ in pieces}
             prompts.extend(segments.cut([(runs[r].request, r) for r in rows if r not in failed], limit=PREFILL_TOKENS))
         drawn: dict[int, int] = {}  # the next token of each row that has one
-        kept = alias(pool)  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
+        kept = alias(lease.pool)  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
         if reads and (batch is None or len(reads) == most or min(r.wanted for r in decoding) <= len(reads)):
             drawn = {row: token for row, token in reads.popleft().get() if row in runs}
         elif prompts:
             part = prompts.popleft()
             batch = None
             try:
-                pool, drawn = _prefill_and_draw(model, programs, pool, table, part, features)
+                lease.pool, drawn = _prefill_and_draw(model, programs, lease.pool, table, part, features)
             except torch.OutOfMemoryError as error:
-                pool = kept
+                lease.pool = kept
                 pieces += _out_of_memory("prefill", [runs[row] for row in {s.row for s in part}], error)
                 prompts = deque(segments.without(prompts, {row for row, _ in pieces}))
             else:
@@ -174,9 +183,9 @@ def _loop(model: Model, waiting: deque[Request], table: RequestTable) -> Iterato
                     decoding = [run for run in runs.values() if run.tokens]
                     longest = max(int(table.length[run.row]) for run in decoding)
                     batch, sampling = _decode_batch(model, table, decoding, longest + 1)
-                pool, batch, tokens = programs.step(pool, batch, sampling)
+                lease.pool, batch, tokens = programs.step(lease.pool, batch, sampling)
             except torch.OutOfMemoryError as error:
-                pool, batch = kept, None
+                lease.pool, batch = kept, None
                 reads.clear()
                 pieces += _out_of_memory("decode", decoding, error)
             else:
@@ -190,7 +199,6 @@ def _loop(model: Model, waiting: deque[Request], table: RequestTable) -> Iterato
             batch = None
             for row in done:
                 features.pop(runs.pop(row).request.index, None)
-    model.shelf.put(model, programs, pool)
 
 
 def _out_of_memory(stage: str, runs: Sequence[Run], error: BaseException) -> list[tuple[int, Piece]]:

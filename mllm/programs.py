@@ -90,25 +90,33 @@ def _vit(model: Model, patches: PatchBatch, padded: bool) -> VisionTokens:
 
 
 @define(eq=False)
-class Shelf:
-    """Where a model's programs lie between calls, with the pool they belong to; one call at a time has them."""
+class Lease:
+    """What one call has of a model: its programs, and the pool that they belong to, which every stage replaces."""
 
-    kept: tuple[Programs, KVPool] | None = field(default=None, init=False)
+    programs: Programs
+    pool: KVPool
+
+
+@define(eq=False)
+class Shelf:
+    """Where programs and pool lie between calls; one call at a time has them."""
+
+    kept: Lease | None = field(default=None, init=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pool that is kept."""
-        return sum(t.nbytes for t in leaves(self.kept[1])) if self.kept else 0
+        return sum(t.nbytes for t in leaves(self.kept.pool)) if self.kept else 0
 
-    def take(self, model: Model, pages: int, make_pool: Callable[[], KVPool]) -> tuple[Programs, KVPool]:
+    def take(self, model: Model, pages: int, make_pool: Callable[[], KVPool]) -> Lease:
         """What is kept, if its pool has `pages` usable pages or more; or new programs over a new pool."""
         kept, self.kept = self.kept, None
-        if kept is not None and kept[1].keys.shape[1] > pages:
+        if kept is not None and kept.pool.keys.shape[1] > pages:
             return kept
         del kept  # the memory of a pool that is too small is free before there is a new one
-        return make_programs(model), make_pool()
+        return Lease(make_programs(model), make_pool())
 
-    def put(self, model: Model, programs: Programs, pool: KVPool) -> None:
+    def put(self, model: Model, lease: Lease) -> None:
         """Keep them for the next call where recordings are dear, which is on a GPU; never a pool that a stage lost."""
-        if model.device.type == "cuda" and not is_donated(pool):
-            self.kept = programs, pool
+        if model.device.type == "cuda" and not is_donated(lease.pool):
+            self.kept = lease
