@@ -90,8 +90,13 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("plot", add_help=False, help="draw a benchmark's results").set_defaults(options=[])
     commands.add_parser("compare", add_help=False, help="compare two results; fail if slower").set_defaults(options=[])
 
-    env = commands.add_parser("env", help="report versions, processor, memory, GPU")
+    env = commands.add_parser(
+        "env", help="report versions, processor, GPU, and how memory would be shared out for a model",
+        description="Report versions, processor and GPU, and the memory budget that a model would get on a device now: "
+        "how many tokens fit, and the largest prefill batch and picture. Nothing is loaded.",
+    )  # fmt: skip
     env.add_argument("--json", action="store_true", help="as JSON")
+    _model(env)
     return top
 
 
@@ -102,6 +107,10 @@ def _model(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 (default: auto, the model's own; on a CPU float32)"
     )
+    to.add_argument(
+        "--mem-fraction-static", metavar="X", type=float, default=0.85,
+        help="share of the available memory for weights and KV pool together (default: 0.85)",
+    )  # fmt: skip
 
 
 FORWARDED = ("bench", "plot", "compare")  # these read their options themselves, each with a --help of its own

@@ -105,6 +105,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     session = _session(config)
     output_json["schema"] = "mllm-bench/1"
+    output_json["memory"] = session.memory.as_dict()
     output_json["limit"] = {
         "read_gb_s": session.limit.bytes_per_s / 1e9,
         "product_tflop_s": session.limit.flops_per_s / 1e12,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,15 +57,15 @@ def config_json(name: str) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def get(name: str, *, device: str, dtype: torch.dtype) -> Model:
-    """A model by folder or name. Raises `ValueError` for neither."""
+def get(name: str, **options: Any) -> Model:
+    """A model by folder or name; `options` are those of `mllm.load` and `mllm.dummy`. Raises `ValueError` for neither."""
     if (path := _folder_of(name)) is not None:
-        return attrs.evolve(mllm.load(path, device=device, dtype=dtype), name=Path(name).name)
+        return attrs.evolve(mllm.load(path, **options), name=Path(name).name)
     if name not in SMALL and name not in families.PRESETS:
         raise ValueError(f"--model: no folder and no model is called {name!r}; names are {', '.join(known())}")
     if name in families.PRESETS:
-        return mllm.dummy(name, device=device, dtype=dtype)
-    return attrs.evolve(mllm.dummy(families.parse(SMALL[name], source=name), device=device, dtype=dtype), name=name)
+        return mllm.dummy(name, **options)
+    return attrs.evolve(mllm.dummy(families.parse(SMALL[name], source=name), **options), name=name)
 
 
 def known() -> tuple[str, ...]:

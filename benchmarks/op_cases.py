@@ -13,7 +13,7 @@ from benchmarks import points
 from benchmarks.figures import Work
 from mllm import stages, state
 from mllm.batch import ForwardBatch
-from mllm.memory import PAGE_SIZE
+from mllm.cache import PAGE_SIZE
 from mllm.model import Model
 from mllm.sampling import Sampling, sampling_batch
 

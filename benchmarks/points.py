@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +14,18 @@ from torch import Tensor
 import mllm
 from mllm import images, prompts, stages, state
 from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens, decode_batch, pack
-from mllm.cache import KVPool, bytes_per_token
+from mllm.budget import MemoryProfile
+from mllm.cache import PAGE_SIZE, KVPool
 from mllm.image_config import ImageConfig
-from mllm.memory import PAGE_SIZE
 from mllm.model import Model
 from mllm.prompts import Expanded, Prompt
-from mllm.requests import chunk, join_patches
+from mllm.requests import join_patches
 from mllm.sampling import Sampling, sampling_batch
+from mllm.segments import chunk
 from mllm.table import RequestTable
 
 TEXT = 32  # tokens of text beside a picture where no prompt was given
 CHUNK = 8192  # tokens in one prefill where only its result is wanted
-POOL_SHARE = 0.5  # of the memory that is free at the start may go to the KV pool
 
 
 class TooLargeError(Exception):
@@ -50,17 +49,9 @@ class Room:
             raise TooLargeError(f"{rows} x ({input_len}+{output_len}) = {need} tokens > {self.pool_tokens} in the pool")
 
 
-def room(model: Model, max_total_tokens: int | None) -> Room:
-    """The room for KV: what was asked for, or what half of the free memory holds."""
-    context = model.config.text.max_position_embeddings
-    if max_total_tokens is not None:
-        return Room(pool_tokens=max_total_tokens, context=context)
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    tokens = int(free * POOL_SHARE) // bytes_per_token(model.config.text, model.dtype)
-    return Room(pool_tokens=tokens, context=context)
+def room(memory: MemoryProfile) -> Room:
+    """The room for KV in a model's memory budget."""
+    return Room(pool_tokens=memory.effective_tokens, context=memory.context)
 
 
 def text_tokens(model: Model, rows: int, length: int, prompt: str | None = None) -> list[list[int]]:
@@ -161,7 +152,7 @@ def greedy(model: Model, rows: int) -> SamplingBatch:
 def patches_of(model: Model, pictures: Sequence[Image.Image], at: Sequence[int]) -> PatchBatch:
     """Preprocess pictures; merged patch m belongs to the token at `at[m]`."""
     config = _image_config(model)
-    parts = [images.patches(picture, config) for picture in pictures]
+    parts = [torch.from_numpy(images.patches(picture, config)).to(model.device) for picture in pictures]
     grids = [images.grid(picture.size, config) for picture in pictures]
     return join_patches(parts, grids, np.array(at, np.int64), config, device=model.device)
 
@@ -173,7 +164,8 @@ def random_patches(model: Model, grid: tuple[int, int]) -> PatchBatch:
         raise ValueError(f"--grid: sides must be multiples of {config.merge}, got {grid[0]}x{grid[1]}")
     count = grid[0] * grid[1]
     noise = np.random.default_rng(count).integers(0, 256, (count, 3 * config.patch**2), np.uint8)
-    return join_patches([noise], [grid], np.arange(count // config.merge**2), config, device=model.device)
+    parts = [torch.from_numpy(noise).to(model.device)]
+    return join_patches(parts, [grid], np.arange(count // config.merge**2), config, device=model.device)
 
 
 def _image_config(model: Model) -> ImageConfig:

@@ -15,6 +15,8 @@ from PIL import Image
 from benchmarks import clock, models, points, trace
 from benchmarks.figures import Limit, Work, rates
 from benchmarks.settings import Settings
+from mllm import budget
+from mllm.budget import MemoryProfile
 from mllm.model import Model
 
 Setup = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -39,7 +41,8 @@ class Session:
     @cached_property
     def model(self) -> Model:
         name = self.settings.model or models.EMBEDDED
-        return models.get(name, device=self.settings.device, dtype=self.settings.dtype)
+        s = self.settings
+        return models.get(name, device=s.device, dtype=s.dtype, mem_fraction_static=s.mem_fraction_static)
 
     @cached_property
     def limit(self) -> Limit:
@@ -47,7 +50,12 @@ class Session:
 
     @cached_property
     def room(self) -> points.Room:
-        return points.room(self.model, self.settings.max_total_tokens)
+        return points.room(self.memory)
+
+    @cached_property
+    def memory(self) -> MemoryProfile:
+        """The budget that the cases run in."""
+        return budget.bound(self.model.memory, self.settings.max_total_tokens)
 
     @property
     def common(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ OPTIONS = {
     "image": Option(default=None, help="a picture for the multimodal cases instead of a drawn one"),
     "prompt": Option(default=None, help="text for the prompts instead of random tokens; needs a tokenizer"),
     "grid": Option(default="8x8,16x16", read=grids, help="patch grids (rows x columns) of the vision cases"),
+    "mem-fraction-static": Option(default="0.85", read=float, help="share of the memory for weights and KV pool"),
     "max-total-tokens": Option(default=None, read=numbers, help="tokens of the KV pool; points beyond it are skipped"),
     "examples": Option(default="20", read=numbers, help="held-out questions of each kind; the model card has 500"),
     "peer": Option(default="small-text,small-vl", read=names, help="models compared with transformers; empty: none"),
@@ -91,6 +92,7 @@ class Settings:
     image: Path | None
     prompt: str | None
     grid: tuple[tuple[int, int], ...]
+    mem_fraction_static: float
     max_total_tokens: int | None
     examples: int
     peer: tuple[str, ...]

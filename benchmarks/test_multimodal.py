@@ -11,7 +11,7 @@ from mllm import stages
 from mllm.batch import VisionTokens, pack
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
-from mllm.requests import chunk
+from mllm.segments import chunk
 
 
 @pytest.mark.benchmark(group="multimodal_prefill")

@@ -6,8 +6,9 @@ print(mllm.generate(model, [prompt])[0].text)
 """
 
 from mllm import errors, stages
+from mllm.completion import Completion, Piece
 from mllm.config import Config, TextConfig, VisionConfig
-from mllm.generate import Completion, Piece, generate, score, stream
+from mllm.generate import generate, score, stream
 from mllm.model import Model, dummy, load, prompt
 from mllm.prompts import Prompt
 from mllm.sampling import Sampling

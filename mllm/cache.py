@@ -10,6 +10,8 @@ from mllm.state import State, state, tensor
 
 SINK = 0
 """Page 0 belongs to nobody: padding rows of a batch write there, and no row is ever given it."""
+PAGE_SIZE = {"cpu": 16, "cuda": 64}
+"""Tokens in a page: few waste less of a row's last page, many let a kernel read longer runs."""
 
 
 @state

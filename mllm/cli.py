@@ -18,8 +18,9 @@ from attrs import asdict, frozen
 from PIL import Image
 
 import mllm
-from mllm import compare, environment, families, images, plot
-from mllm.errors import MissingPackageError, MllmError
+from mllm import budget, compare, environment, families, images, plot
+from mllm.errors import MemoryBudgetError, MissingPackageError, MllmError
+from mllm.model import plan
 from mllm.signs import pictures
 
 SHOWN = tuple(kind for kind in pictures.KINDS if kind != "chat")
@@ -65,15 +66,16 @@ def generate(args: argparse.Namespace) -> int:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed
     )
     opened = [images.open_image(file) for file in args.image]
-    model = _load(args.model, args.device, args.dtype)
+    model = _load(args)
     prompt = _prompt(model, args.question, opened)
 
     def show(piece: mllm.Piece) -> None:
         print(piece.text if model.tokenizer else f"{piece.token} ", end="", flush=True)
 
-    speed = _answer(model, prompt, show, max_new_tokens=args.max_new_tokens, sampling=sampling)
+    speed = _answer(model, prompt, show, ledger=not args.stats, max_new_tokens=args.max_new_tokens, sampling=sampling)
     print()
     figures = asdict(speed) | {"tokens_per_second": speed.tokens_per_second, "model": repr(model)}
+    figures["memory"] = model.memory.as_dict()
     print(json.dumps(figures) if args.stats else speed, file=sys.stderr)
     return 0
 
@@ -92,7 +94,7 @@ def demo(args: argparse.Namespace) -> int:
         path = path if index == 0 else path.with_stem(f"{path.stem}-{index + 1}")
         image.save(path, format="PNG")
         print(f"picture   {path}: {image.width} x {image.height}, kind {kind}, seed {seed}")
-    model = _load(args.model, args.device, args.dtype)
+    model = _load(args)
     prompt = _prompt(model, item.question, item.images)
     print(f"question  {item.question}", flush=True)
     _answer(model, prompt, lambda piece: None, max_new_tokens=2)  # so that the figures are those of a warm process
@@ -122,9 +124,17 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def env(args: argparse.Namespace) -> int:
-    """Print the environment report."""
+    """Print the environment report, and the memory budget that a model would get here."""
     values = environment.report()
-    print(json.dumps(values, indent=2) if args.json else environment.text(values))
+    try:
+        found = plan(**_choice(args))
+        memory, shown = found.as_dict(), budget.table(found)
+    except MemoryBudgetError as error:  # part of the report, which is wanted then more than ever
+        memory, shown = {"error": str(error)}, str(error)
+    if args.json:
+        print(json.dumps(values | {"memory": memory}, indent=2))
+    else:
+        print(f"{environment.text(values)}\n\nmemory for {args.model} on {args.device}\n{shown}")
     return 0
 
 
@@ -134,23 +144,29 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }  # fmt: skip
 
 
-def _load(name: str, device: str, dtype: str) -> mllm.Model:
-    """The embedded model, random weights in a public model's shapes, or a folder.
+def _choice(args: argparse.Namespace) -> dict[str, Any]:
+    """The model that was chosen, as arguments of `mllm.load` or `mllm.dummy`; a path of None is the embedded one.
 
     `dtype` "auto" is float32 on a CPU: without bfloat16 arithmetic of its own, one is five times as fast in float32.
     """
     try:
-        kind = torch.device(device).type
+        kind = torch.device(args.device).type
     except RuntimeError as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if dtype == "auto" and kind == "cpu":
-        dtype = "float32"
-    if name in families.PRESETS and not Path(name).is_dir():
-        print(f"mllm: {name} has random weights: its answers mean nothing, its speed does", file=sys.stderr)
-        return mllm.dummy(name, device=device, dtype=dtype)
-    if name != "signs":
-        return mllm.load(name, device=device, dtype=dtype)
-    return mllm.load(device=device, dtype=dtype)
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    dtype = "float32" if args.dtype == "auto" and kind == "cpu" else args.dtype
+    return {
+        "path": None if args.model == "signs" else args.model, "device": args.device, "dtype": dtype,
+        "mem_fraction_static": args.mem_fraction_static,
+    }  # fmt: skip
+
+
+def _load(args: argparse.Namespace) -> mllm.Model:
+    """The embedded model, random weights in a public model's shapes, or a folder."""
+    choice = _choice(args)
+    if args.model in families.PRESETS and not Path(args.model).is_dir():
+        print(f"mllm: {args.model} has random weights: its answers mean nothing, its speed does", file=sys.stderr)
+        return mllm.dummy(choice.pop("path"), **choice)
+    return mllm.load(**choice)
 
 
 def _prompt(model: mllm.Model, question: str, opened: Sequence[Image.Image]) -> mllm.Prompt:
@@ -163,11 +179,19 @@ def _prompt(model: mllm.Model, question: str, opened: Sequence[Image.Image]) -> 
     return mllm.prompt(model, [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}])
 
 
-def _answer(model: mllm.Model, prompt: mllm.Prompt, show: Callable[[mllm.Piece], None], **settings: Any) -> Speed:
-    """Run one prompt and hand each piece to `show`. Raises `ValueError` if the request fails on its way."""
+def _answer(
+    model: mllm.Model, prompt: mllm.Prompt, show: Callable[[mllm.Piece], None], *, ledger: bool = False, **settings: Any
+) -> Speed:
+    """Run one prompt and hand each piece to `show`; `ledger` prints the memory budget before the first.
+
+    Raises `ValueError` if the request fails on its way.
+    """
     start = time.perf_counter()
     times = []
-    for piece in mllm.stream(model, [prompt], **settings):
+    pieces = mllm.stream(model, [prompt], **settings)
+    if ledger:
+        print(budget.table(model.memory), file=sys.stderr)
+    for piece in pieces:
         if piece.error:
             raise ValueError(piece.error)
         times.append(time.perf_counter())

@@ -25,6 +25,10 @@ class PromptError(MllmError, ValueError):
     """A prompt that can never run: wrong placeholders, or longer than the context or the pool."""
 
 
+class MemoryBudgetError(MllmError, ValueError):
+    """Weights, KV pool and what runs beside them do not fit; the message is the arithmetic and what to change."""
+
+
 class ShapeError(MllmError, ValueError):
     """A tensor whose shape, dtype or device is not the one its field declares."""
 

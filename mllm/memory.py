@@ -1,61 +1,110 @@
-"""How much KV pool a run gets."""
+"""How much KV pool a call gets: what its requests need, at most what the budget has, and room for what runs beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from mllm import requests
-from mllm.cache import KVPool
-from mllm.errors import PromptError
+from mllm import buckets, budget, peak, requests
+from mllm.budget import PREFILL_TOKENS, MemoryProfile, gigabytes
+from mllm.errors import MemoryBudgetError, PromptError
 from mllm.model import Model
+from mllm.peak import Load, Peak
 from mllm.requests import Request
 from mllm.table import RequestTable
 
-PAGE_SIZE = {"cpu": 16, "cuda": 64}
-"""Tokens in a page: few waste less of a row's last page, many let a kernel read longer runs."""
 
+def allocate(model: Model, made: Sequence[Request], *, rows: int, profile: MemoryProfile) -> RequestTable:
+    """A request table for at most `rows` rows, over as many pages as their largest requests need or as `profile`
+    allows; fewer rows where pool and peak of so many exceed what is available now.
 
-def allocate(
-    model: Model, made: Sequence[Request], *, rows: int, max_total_tokens: int | None
-) -> tuple[KVPool, RequestTable]:
-    """A KV pool and a request table, as large as the `rows` largest requests need or as `max_total_tokens` allows.
-
-    Raises `ValueError` for a limit below one page.
+    Raises `MemoryBudgetError`, before anything is allocated, where one row exceeds it.
     """
-    page_size = PAGE_SIZE.get(model.device.type, 64)
-    needed = sorted((-(-request.slots // page_size) for request in made), reverse=True)
-    pages = sum(needed[:rows])
-    requests.check_limit("max_total_tokens", max_total_tokens, page_size)
-    if max_total_tokens is not None:
-        pages = min(pages, max_total_tokens // page_size)
-    pool = KVPool.empty(model.config.text, pages=pages, page_size=page_size, device=model.device, dtype=model.dtype)
-    return pool, RequestTable.empty(rows=rows, pages=pages, page_size=page_size, row_pages=needed[0])
+    free, size = budget.available(model.device) + model.shelf.nbytes, profile.page_size
+    longest = -(-max(request.slots for request in made) // size)
+    while not _fits(model, made, rows, profile, free):
+        if rows == 1:
+            raise MemoryBudgetError(_refusal(model, made, profile, free))
+        rows -= 1
+    pages = _pages(made, rows, profile)
+    return RequestTable.empty(rows=rows, pages=pages, page_size=size, row_pages=longest)
 
 
-def fit(request: Request, table: RequestTable) -> Request:
+def pool_pages(model: Model, table: RequestTable) -> int:
+    """Usable pages of the pool for a table.
+
+    On a GPU pool and recordings outlive the call, so the pool is rounded up to a power of two, that the next call
+    finds it large enough: where it does not take more than half of what is available, nor more than the budget has.
+    """
+    needed, size = len(table.free), table.page_size
+    if model.device.type == "cpu":
+        return needed
+    page_bytes = size * model.memory.bytes_per_token
+    free = budget.available(model.device) + model.shelf.nbytes
+    most = min(model.memory.effective_tokens // size, free // 2 // page_bytes)
+    return max(needed, min(buckets.power_of_two(needed), most))
+
+
+def _fits(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfile, free: int) -> bool:
+    return _pool_bytes(_pages(made, rows, profile), profile) + _peak(model, made, rows, profile).total <= free
+
+
+def _pages(made: Sequence[Request], rows: int, profile: MemoryProfile) -> int:
+    """Pages of the pool: the `rows` largest requests', at most the budget's."""
+    needed = sorted((-(-request.slots // profile.page_size) for request in made), reverse=True)
+    return min(sum(needed[:rows]), profile.effective_tokens // profile.page_size)
+
+
+def _pool_bytes(pages: int, profile: MemoryProfile) -> int:
+    return (pages + 1) * profile.page_size * profile.bytes_per_token  # and the sink
+
+
+def _peak(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfile) -> Peak:
+    """What runs beside the pool when the largest `rows` requests run together."""
+    held = min(max(request.slots for request in made), profile.effective_tokens)
+    pictured = sorted((sum(request.layout.counts) for request in made), reverse=True)
+    patches = max(requests.largest_batch(model, request) for request in made)
+    pages = -(-held // profile.page_size)
+    padded, listed = buckets.decode_size(model.device, rows, pages, pages)
+    load = Load(
+        prefill_tokens=min(PREFILL_TOKENS, sum(request.length for request in made)), rows=padded,
+        context=min(max(request.length for request in made), profile.effective_tokens),
+        listed=min(listed * profile.page_size, held * 2), patches=patches, feature_tokens=sum(pictured[:rows]),
+        greedy=all(request.sampling.temperature == 0 for request in made),
+    )  # fmt: skip
+    return peak.predict(model.config, load, itemsize=model.dtype.itemsize, device=model.device.type)
+
+
+def _refusal(model: Model, made: Sequence[Request], profile: MemoryProfile, free: int) -> str:
+    """Why not even one of the requests can run, and how long the longest context is that could."""
+    need, beside = _pool_bytes(_pages(made, 1, profile), profile), _peak(model, made, 1, profile)
+    tokens = max((free - beside.total) // profile.bytes_per_token - 2 * profile.page_size, 0)
+    cause = (
+        f"the largest request needs {gigabytes(need)} of KV pool and {gigabytes(beside.total)} beside it, and "
+        f"{gigabytes(free)} are available now"
+    )
+    remedy = (
+        f"A context of about {min(tokens, profile.longest)} tokens would fit. Shorten the prompt, lower max_new_tokens, "
+        "use smaller or fewer pictures, or free memory on the device."
+    )
+    return budget.refusal(profile, cause, remedy)
+
+
+def check_score(model: Model, length: int) -> None:
+    """Raises `MemoryBudgetError` where the logits of a prompt alone are more than is available."""
+    need = peak.score(model.config, tokens=length, chunk=PREFILL_TOKENS, itemsize=model.dtype.itemsize)
+    if need > (free := budget.available(model.device)):
+        cause = f"the logits of {length} tokens need {gigabytes(need)}, and {gigabytes(free)} are available"
+        most = length * free // need
+        raise MemoryBudgetError(budget.refusal(model.memory, cause, f"Score at most about {most} tokens at once."))
+
+
+def fit(request: Request, table: RequestTable, profile: MemoryProfile) -> Request:
     """The request, cut to what one row can hold of it. Raises `PromptError` where that is not even its prompt."""
     if request.slots <= table.row_tokens:
         return request
     if request.length > table.row_tokens:
         what = requests.describe(request.layout)
-        raise PromptError(f"prompts[{request.index}]: {what} exceed the KV pool of {table.row_tokens} tokens")
+        raise PromptError(
+            f"prompts[{request.index}]: {what} exceed the KV pool of {table.row_tokens} tokens\n{budget.table(profile)}"
+        )
     return request.cut_to(table.row_tokens)
-
-
-def decode_shape(device: torch.device, rows: int, pages: int) -> tuple[int, int]:
-    """Rows and listed pages of a decode batch that has `rows` rows, the longest with `pages` pages.
-
-    A CPU computes what it is given, so rows are not padded, and pages are listed in powers of two so that growing
-    rows need few recordings. A GPU's kernels look at each row's length, so its batches list every page a row can
-    have; rows are padded to powers of two, which cost a recording each.
-    """
-    if device.type == "cpu":
-        return rows, _power_of_two(pages)
-    return _power_of_two(rows), 2**31 - 1
-
-
-def _power_of_two(count: int) -> int:
-    """The first power of two from `count` on."""
-    return 1 << (count - 1).bit_length()

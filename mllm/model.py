@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
-from mllm import checkpoint, families, prompts, signs, weights
+from mllm import budget, checkpoint, families, prompts, signs, weights
+from mllm.budget import MEM_FRACTION_STATIC, MemoryProfile
 from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
 from mllm.kernels.ops import Ops
 from mllm.kernels.tables import tables_for
+from mllm.programs import Shelf
 from mllm.prompts import Prompt
 from mllm.tokenizer import Tokenizer
 from mllm.weights import Weights
@@ -28,18 +30,21 @@ class Model:
     """Constants that the stages close over.
 
     `ops` and the tables after it are what `mllm.kernels.tables.Tables` says of its device. `tokenizer` is None where
-    the folder has none, `images` (how pictures become patches) where the model reads only text.
+    the folder has none, `images` (how pictures become patches) where the model reads only text. `memory` is how the
+    memory of its device was shared out when the weights had been loaded.
     """
 
     config: Config
     weights: Weights
     ops: Ops
+    memory: MemoryProfile
     decode_ops: Callable[[int], Ops] | None = None
     prompt_ops: Callable[[int], Ops] | None = None
     vision_ops: Callable[[int], Ops] | None = None
     tokenizer: Tokenizer | None = None
     images: ImageConfig | None = None
     name: str = ""
+    shelf: Shelf = field(factory=Shelf, init=False)  # what calls leave to the next one
 
     def step_ops(self, rows: int) -> Ops:
         """The ops of a decode step of `rows` rows."""
@@ -63,24 +68,29 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
+    mem_fraction_static: float = MEM_FRACTION_STATIC,
     ignore_config: Collection[str] = (),
     progress: bool | None = None,
 ) -> Model:
     """Load a local Hugging Face folder: `config.json`, safetensors (sharded or not), and a tokenizer if it has one.
 
     Without a path it is "signs", the small model that ships with the package (`mllm.signs`).
-    `dtype` "auto" keeps what config.json or else the files say. `ignore_config` names keys of config.json to pass
-    over. Nothing is downloaded. Raises `ConfigError` and `CheckpointError` naming file and key or tensor.
+    `dtype` "auto" keeps what config.json or else the files say. `mem_fraction_static` is the share of the memory that is
+    available now which weights and KV pool together may take. `ignore_config` names keys of config.json to pass over.
+    Nothing is downloaded. Raises `ConfigError` and `CheckpointError` naming file and key or tensor, and
+    `MemoryBudgetError` with the arithmetic.
     """
+    budget.check_fraction(mem_fraction_static)
     folder = signs.FOLDER if path is None else Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
-    config = families.read(folder, ignore=ignore_config)
-    images = _image_config(ImageConfig.read(folder, ignore=ignore_config), config, str(folder))
+    config, images = _read(folder, ignore_config)
     kind = _dtype(config.dtype if dtype == "auto" else dtype)
+    place = _device(device)
+    before = budget.available(place)
+    made = checkpoint.load(folder, config, device=place, dtype=kind, progress=progress)
     return Model(
         config=config,
-        weights=checkpoint.load(folder, config, device=_device(device), dtype=kind, progress=progress),
+        weights=made,
+        memory=_profile(config, images, made, before, mem_fraction_static),
         **tables_for(device)._asdict(),
         tokenizer=Tokenizer.load(folder),
         images=images,
@@ -93,22 +103,55 @@ def dummy(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "bfloat16",
+    mem_fraction_static: float = MEM_FRACTION_STATIC,
     seed: int = 0,
 ) -> Model:
     """A model of the right shapes with random weights, for tests and benchmarks: no download, no tokenizer.
 
     `config` is a `Config` or the name of a public model: qwen3-0.6b, -1.7b, -4b, -8b, qwen3-vl-2b, -4b, -8b.
+    `mem_fraction_static` is as in `load`.
     """
+    budget.check_fraction(mem_fraction_static)
     name = config if isinstance(config, str) else "dummy"
     parsed = families.preset(config) if isinstance(config, str) else config
+    images = _image_config(None, parsed, name)
     kind = _dtype(parsed.dtype if dtype == "auto" else dtype) or torch.bfloat16
+    place = _device(device)
+    before = budget.available(place)
+    made = weights.random(parsed, seed=seed, device=place, dtype=kind)
     return Model(
         config=parsed,
-        weights=weights.random(parsed, seed=seed, device=_device(device), dtype=kind),
+        weights=made,
+        memory=_profile(parsed, images, made, before, mem_fraction_static),
         **tables_for(device)._asdict(),
-        images=_image_config(None, parsed, name),
+        images=images,
         name=name,
     )
+
+
+def plan(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    mem_fraction_static: float = MEM_FRACTION_STATIC,
+) -> MemoryProfile:
+    """How the memory would be shared out if a model were made now; nothing is loaded.
+
+    `path` is a folder, the name of a public model's shapes as in `dummy`, or None for the embedded model. Raises as
+    `load` does.
+    """
+    place = _device(device)
+    if isinstance(path, str) and path in families.PRESETS and not Path(path).is_dir():
+        config, images = families.preset(path), _image_config(None, families.preset(path), path)
+    else:
+        config, images = _read(signs.FOLDER if path is None else Path(path), ())
+    kind = _dtype(config.dtype if dtype == "auto" else dtype) or torch.bfloat16
+    size, before = weights.elements(config) * kind.itemsize, budget.available(place)
+    return budget.profile(
+        config, images, device=place, memory=budget.describe(place), dtype=kind, available_before=before,
+        available_after=before - size, weight_bytes=size, mem_fraction_static=mem_fraction_static,
+    )  # fmt: skip
 
 
 def prompt(model: Model, messages: Any) -> Prompt:
@@ -117,6 +160,26 @@ def prompt(model: Model, messages: Any) -> Prompt:
         raise CheckpointError(f"{model.name} has no tokenizer; pass token ids instead: mllm.Prompt(tokens=[...])")
     image_token = model.config.image_token_id if model.config.vision else None
     return prompts.from_messages(messages, model.tokenizer, image_token, model.config.video_token_id)
+
+
+def _read(folder: Path, ignore: Collection[str]) -> tuple[Config, ImageConfig | None]:
+    """What the JSON files of a checkpoint folder say."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
+    config = families.read(folder, ignore=ignore)
+    return config, _image_config(ImageConfig.read(folder, ignore=ignore), config, str(folder))
+
+
+def _profile(
+    config: Config, images: ImageConfig | None, made: Weights, before: int, mem_fraction_static: float
+) -> MemoryProfile:
+    """The budget once the weights are there; `before`: bytes that were available before."""
+    embed = made.text.embed
+    return budget.profile(
+        config, images, device=embed.device, memory=budget.describe(embed.device), dtype=embed.dtype,
+        available_before=before, available_after=budget.available(embed.device), weight_bytes=made.nbytes,
+        mem_fraction_static=mem_fraction_static,
+    )  # fmt: skip
 
 
 def _image_config(read: ImageConfig | None, config: Config, source: str) -> ImageConfig | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -135,6 +136,18 @@ def _build(cls: type[S], sizes: Mapping[str, int], make: Make, prefix: str, skip
     if skip == "head":
         values["head"] = values["embed"]
     return cls(**values)
+
+
+def elements(config: Config) -> int:
+    """Elements of all parameters of a model, a tied head counted once; nothing is allocated."""
+    counts: list[int] = []
+
+    def make(path: str, shape: tuple[int, ...]) -> Tensor:
+        counts.append(math.prod(shape))
+        return torch.empty(shape, device="meta")
+
+    build(config, make)
+    return sum(counts)
 
 
 def empty(

@@ -214,6 +214,8 @@ def test_the_json_file_holds_figures_limits_and_the_machine(run: Path) -> None:
         assert case["extra_info"].keys() >= FIELDS[case["group"]]
         assert case["extra_info"]["wall_ms"] == pytest.approx(case["stats"]["median"] * 1e3)
     assert data["limit"]["read_gb_s"] > 0
+    assert (data["memory"]["requested_tokens"], data["memory"]["effective_tokens"]) == (150, 144)
+    assert data["memory"]["left_bytes"] > data["memory"]["peak_bytes"] > 0
     assert data["machine_info"]["packages"].keys() >= {"torch"}
 
 

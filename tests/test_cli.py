@@ -115,6 +115,8 @@ def test_generate_prints_what_the_library_answers(
     assert answers(captured.out) == list(expected.tokens)
     assert f"{expected.prompt_tokens} prompt tokens, 5 new; first token after" in captured.err
     assert "tokens/s" in captured.err
+    assert captured.err.startswith("memory        ")  # the budget, in one table
+    assert f"tokens of {model.memory.bytes_per_token} bytes, pages of 16" in captured.err
 
 
 def test_generate_samples_as_the_library_does(text_model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +133,7 @@ def test_stats_are_json(text_model: Tiny, capsys: pytest.CaptureFixture[str]) ->
     figures = json.loads(capsys.readouterr().err)
     assert (figures["prompt_tokens"], figures["new_tokens"]) == (2, 3)
     assert figures["time_to_first_token"] > 0
+    assert figures["memory"]["effective_tokens"] > 0
     assert figures["tokens_per_second"] == pytest.approx(2 / figures["decode_time"])
 
 
@@ -266,6 +269,9 @@ def test_bench_outside_a_checkout_says_so(
 def test_env_reports_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("env", "--json") == 0
     values = json.loads(capsys.readouterr().out)
+    memory = values.pop("memory")
+    assert (memory["device"], memory["mem_fraction_static"]) == ("cpu", 0.85)
+    assert memory["profiled_tokens"] > 0
     assert values == environment.report()
     assert values["torch"] == torch.__version__
     assert values["mllm"] == mllm.__version__
@@ -277,7 +283,10 @@ def test_env_reports_this_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_env_as_text_has_a_line_for_each_thing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("env") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(environment.report())
+    report, _, memory = capsys.readouterr().out.partition("\n\n")
+    assert [line.split()[0] for line in report.splitlines()] == list(environment.report())
+    assert memory.startswith("memory for signs on cpu\n")
+    assert "limits        prefill 2048 tokens, decode" in memory
 
 
 def test_env_shows_lists_and_what_is_missing() -> None:

@@ -21,7 +21,6 @@ from mllm.batch import ForwardBatch, SamplingBatch, decode_batch
 from mllm.cache import KVPool
 from mllm.kernels.ops import NOT_FINITE, Ops
 from mllm.kernels.reference import REFERENCE
-from mllm.kernels.tables import tables_for
 from mllm.model import Model
 from mllm.sampling import Sampling, sampling_batch
 from mllm.state import clone, leaves, map_leaves
@@ -173,7 +172,7 @@ def test_generate_on_the_gpu_gives_the_tokens_of_the_cpu(device: str) -> None:
     )  # fmt: skip
     cpu = mllm.dummy(config, dtype="float32")
     weights = map_leaves(lambda t: t.contiguous().to(device), cpu.weights)
-    gpu = Model(config=config, weights=weights, **tables_for(device)._asdict(), name="gpu")
+    gpu = attrs.evolve(mllm.dummy(config, device=device, dtype="float32"), weights=weights, name="gpu")
     prompts = [mllm.Prompt(tokens=[(7 * i + j) % 500 for j in range(3 + 40 * i)]) for i in range(5)]
     for rows in (1, 5):
         expected = mllm.generate(cpu, prompts, max_new_tokens=40, max_running_requests=rows)

@@ -257,6 +257,15 @@ CASES = [
     attend_case("of one prompt", [0], [9]),
     attend_case("of one token", [8], [1]),
     attend_case("of prompts of one token and more", [0, 3], [1, 2]),
+    Case(op="put_", name="with padding", make=lambda g: ([randn(g, 3, 4), torch.tensor([2, -1]), randn(g, 2, 4)], {}),
+         want=lambda x, at, rows: torch.stack([x[0], x[1], rows[0]])),
+    Case(op="add_", name="with padding", make=lambda g: ([randn(g, 3, 4), torch.tensor([-1, 0]), randn(g, 2, 4)], {}),
+         want=lambda x, at, rows: torch.stack([x[0] + rows[1], x[1], x[2]])),
+    Case(op="cut", make=lambda g: ([torch.randint(0, 256, (12, 18, 3), generator=g, dtype=torch.uint8)],
+                                   {"patch": 3, "merge": 2}),
+         want=lambda pixels, patch, merge: torch.stack([
+             pixels[3 * r : 3 * r + 3, 3 * c : 3 * c + 3].permute(2, 0, 1).flatten()
+             for r0 in (0, 2) for c0 in (0, 2, 4) for r in (r0, r0 + 1) for c in (c0, c0 + 1)])),
     Case(op="patch_embed",
          make=lambda g: ([patch_batch([(4, 6), (2, 2), (10, 2)], g), vision_weights(g)], {"config": VISION}),
          want=lambda batch, w, config: embedded(batch, w)),
@@ -320,7 +329,7 @@ def test_an_op_computes_its_definition(table: tuple[Ops, str], case: Case, dtype
     exact = map_leaves(lambda t: t.double() if t.is_floating_point() else t.clone(), args)
     want = case.want(*exact, **kwargs)
     got = call(ops, case, map_leaves(lambda t: t.to(device).clone(), args), kwargs)
-    assert got.dtype == (torch.float32 if case.op == "head" else dtype)
+    assert got.dtype == {"head": torch.float32, "cut": torch.uint8}.get(case.op, dtype)
     assert_close(got.reshape(want.shape), want, TOLERANCE[dtype], case.op)
 
 

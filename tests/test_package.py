@@ -45,7 +45,7 @@ def test_importing_it_imports_no_optional_or_heavy_package() -> None:
     code = "import sys, mllm; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = set(python("-c", code).stdout.split())
     assert "torch" in loaded
-    assert not loaded & {"transformers", "triton", "flashinfer", "matplotlib", "pytest", "torchvision", "psutil"}
+    assert not loaded & {"transformers", "triton", "flashinfer", "matplotlib", "pytest", "torchvision"}
 
 
 def test_importing_it_opens_no_gpu() -> None:
@@ -76,8 +76,8 @@ def test_the_command_is_the_function_that_the_project_names() -> None:
 
 
 SIGNATURES = {
-    "load": "path, *, device, dtype, ignore_config, progress",
-    "dummy": "config, *, device, dtype, seed",
+    "load": "path, *, device, dtype, mem_fraction_static, ignore_config, progress",
+    "dummy": "config, *, device, dtype, mem_fraction_static, seed",
     "prompt": "model, messages",
     "Prompt": "tokens, images",
     "Sampling": "*, temperature, top_k, top_p, min_p, seed",
@@ -86,7 +86,7 @@ SIGNATURES = {
     "score": "model, prompts",
     "Completion": "*, text, tokens, finish_reason, prompt_tokens, error",
     "Piece": "*, index, token, text, finish_reason, error",
-    "capture": "fn, *, donate, carry, limit, recorder",
+    "capture": "fn, *, donate, carry, limit, evict, recorder",
     "stages.admit": "table, tokens",
     "stages.vit": "weights, patches, *, config, ops",
     "stages.prefill": "weights, pool, batch, vision, *, config, ops",

@@ -75,11 +75,11 @@ def test_prefill_takes_the_pool_and_changes_nothing_else(vision_model: Tiny) -> 
     run = start(vision_model.ours, four_prompts(vision_model), spare=2)
     model, index = run.model, 2
     from mllm.batch import pack
-    from mllm.requests import Segment
+    from mllm.segments import Segment, crop
 
     segment = Segment(request=run.requests[index], row=run.rows[index], start=0, stop=run.requests[index].length)
     batch = pack(run.table, [segment.chunk()], device="cpu")
-    vision = requests.crop(run.features, [segment])
+    vision = crop(run.features, [segment])
     pool = run.pool
     others = sorted(set(range(pool.keys.shape[1])) - set(run.table.pages[run.rows[index]].tolist()))
     watch = Watch(weights=model.weights, batch=batch, vision=vision, table=run.table, pool=pool,

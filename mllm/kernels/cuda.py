@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
-from mllm.kernels import attend, elementwise, flash, linear, reference, rope, rotary, skinny, step
+from mllm.kernels import attend, elementwise, flash, linear, long_prompts, reference, rope, rotary, skinny, step
 from mllm.kernels.attend import DecodePlan
 from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
@@ -25,6 +25,8 @@ from mllm.state import State, state, tensor
 
 SKINNY_ROWS = 128
 """Rows up to which the products of `skinny` beat cuBLAS on an H200; the record is in `docs/performance.md`."""
+FLASH_TOKENS = 2048
+"""Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same."""
 
 
 def decode_ops(rows: int, *, pdl: bool) -> Ops:
@@ -48,11 +50,14 @@ def decode_ops(rows: int, *, pdl: bool) -> Ops:
     return attrs.evolve(ops, **(_few_rows(pdl) if rows <= SKINNY_ROWS else MANY_ROWS))
 
 
-def prompt_ops(tokens: int, *, wide: bool) -> Ops:
-    """The table for prompts of `tokens` tokens in all; `wide`: capability 9.0 and up, with its larger tiles."""
+def prompt_ops(tokens: int, *, wide: bool, fa3: bool = False) -> Ops:
+    """The table for prompts of `tokens` tokens in all; `wide`: capability 9.0 and up, with its larger tiles.
+
+    `fa3`: more than `FLASH_TOKENS` at once go to FlashInfer, and then their bounds are read on the host.
+    """
     return attrs.evolve(
         REFERENCE,
-        plan=_prompt_plan,
+        plan=partial(_prompt_plan, fa3=fa3),
         attend_=partial(_attend_prompts, wide=wide),
         put_=elementwise.put_,
         add_=elementwise.add_,
@@ -72,7 +77,7 @@ def _few_rows(pdl: bool) -> dict[str, object]:
         x, y = add_norm(x, norm, eps=eps, pdl=pdl)
         return x, skinny.linear(y, weight, gate=True, pdl=pdl)
 
-    def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
+    def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Stream:
         return Pending(x, skinny.linear(y, weight, parts=True, pdl=pdl))
 
     def head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -92,7 +97,7 @@ def _norm_gate(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[
     return x, elementwise.gate(F.linear(y, weight))
 
 
-def _linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
+def _linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Stream:
     return Pending(x, F.linear(y, weight).unsqueeze(0))
 
 
@@ -136,7 +141,8 @@ def _decode_plan(
 
 @state
 class PromptPlan(State):
-    """Computed once per forward pass: rotary tables f32 [T D/2] and the bounds of the batch."""
+    """Computed once per forward pass: rotary tables f32 [T D/2] and the bounds of the batch. `attend` is None where
+    `flash` serves."""
 
     cos: Tensor
     sin: Tensor
@@ -144,13 +150,20 @@ class PromptPlan(State):
     pages: Tensor = tensor("B N")
     lengths: Tensor = tensor("B")
     indptr: Tensor = tensor("B+1")
+    attend: long_prompts.Attend | None
 
 
-def _prompt_plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype) -> PromptPlan:
+def _prompt_plan(
+    batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, fa3: bool
+) -> PromptPlan:
     cos, sin = _rotary(batch, config, pdl=False)
+    attend = None
+    if fa3 and len(batch.tokens) > FLASH_TOKENS and dtype != torch.float32:
+        attend = long_prompts.plan(batch, config=config, page_size=page_size, dtype=dtype)
     return PromptPlan(
-        cos=cos, sin=sin, slots=batch.slots, pages=batch.pages, lengths=batch.lengths, indptr=batch.q_indptr
-    )
+        cos=cos, sin=sin, slots=batch.slots, pages=batch.pages, lengths=batch.lengths, indptr=batch.q_indptr,
+        attend=attend,
+    )  # fmt: skip
 
 
 def _attend_prompts(
@@ -161,6 +174,8 @@ def _attend_prompts(
     q = rope.rotate_write(
         qkv, q_norm, k_norm, plan.cos, plan.sin, plan.slots, keys, values, scale=size**-0.5 * flash.LOG2E, eps=eps
     )
+    if plan.attend is not None:
+        return plan.attend(q, keys, values)
     tile = flash.tile_for(len(q), size, wide=wide)
     return flash.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=tile)
 

@@ -42,6 +42,7 @@ def vision_ops(ops: Ops, *, captured: bool, wide: bool) -> Ops:
     """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it."""
     return attrs.evolve(
         ops,
+        cut=patches.cut,
         patch_embed=patch_embed,
         vision_plan=partial(vision_plan, captured=captured),
         layer_norm_linear=layer_norm_linear,
@@ -96,8 +97,9 @@ def attend_images(qkv: Tensor, plan: VisionPlan, *, wide: bool) -> Tensor:
     parts = []
     with sdpa_kernel(BACKENDS, set_priority=True):
         for a, b in plan.spans:
-            image = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            parts.append(F.scaled_dot_product_attention(*image).squeeze(0).transpose(0, 1).flatten(1))
+            image_q, image_k, image_v = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            y = F.scaled_dot_product_attention(image_q, image_k, image_v)
+            parts.append(y.squeeze(0).transpose(0, 1).flatten(1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -36,6 +36,10 @@ def norm_kernel(x, parts, weight, bias, y, total, B, E, eps, EP: tl.constexpr, P
     tl.store(y + b * E + e, v.to(y.dtype.element_ty), mask=inside)
 
 
+WARP_WIDTH = 512
+"""Elements of a row for each warp."""
+
+
 class Pending(NamedTuple):
     """A residual stream x [T E] and the parts [... T E] of a product that are still to be added to it.
 
@@ -65,6 +69,6 @@ def add_norm(
     norm_kernel[(rows,)](
         x, x if parts is None else parts, weight, weight if bias is None else bias, y, total, rows, width, eps,
         EP=padded, PARTS=0 if parts is None else len(parts), CENTRE=bias is not None,
-        num_warps=max(1, min(8, padded // 512)), **options(pdl),
+        num_warps=max(1, min(8, padded // WARP_WIDTH)), **options(pdl),
     )  # fmt: skip
     return total, y

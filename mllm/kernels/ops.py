@@ -32,16 +32,17 @@ class Ops:
     attend_: Callable[
         ..., Tensor
     ]  # qkv [T C], q_norm, k_norm, plan, keys, values [P S K D], eps -> [T A]; keys, values
-    linear_add: Callable[..., Stream]  # y, weight, x -> x + y @ weight.T
+    linear_add: Callable[..., Stream]  # y, weight, x, the weight that is read next -> x + y @ weight.T
     norm_gate: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [G E], eps -> x, silu(gate) * up [T F]
     head: Callable[..., Tensor]  # x, last [Q], norm, weight [V E], eps -> logits f32 [Q V] of the positions `last`
-    # at the positions of image tokens
+    # at the positions of image tokens; a negative one pads the batch
     put_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x
     add_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x
     # after the decoder
     sample: Callable[..., Tensor]  # logits [B V], sampling, lengths [B] -> tokens i32 [B], -1 where not finite
     advance_: Callable[..., None]  # batch, tokens [B], page size; tokens, positions, slots, lengths of the batch
     # vision encoder
+    cut: Callable[..., Tensor]  # pixels uint8 [height width 3], patch, merge -> patches uint8 [X U]
     patch_embed: Callable[..., Stream]  # batch, weights, config -> [X Ev]
     vision_plan: Callable[..., Plan]  # batch, config -> rotary tables and image bounds
     layer_norm_linear: Callable[..., tuple[Stream, Tensor]]  # x, norm, norm_bias, weight, bias -> x, [X ...]

@@ -28,6 +28,14 @@ class VisionPlan(State):
     heads: int
 
 
+def cut(pixels: Tensor, *, patch: int, merge: int) -> Tensor:
+    """A picture's bytes [height width 3], one row per patch: channel, then row, then column in the patch. Patches that
+    merge into one token are neighbours."""
+    height, width, channels = pixels.shape
+    tiles = pixels.view(height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
+    return tiles.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels * patch**2)
+
+
 def patch_embed(batch: PatchBatch, weights: VisionWeights, *, config: VisionConfig) -> Tensor:
     """Bytes to features: normalise, project, add the learned position grid stretched over each image."""
     pixels = batch.patches.view(-1, config.in_channels, config.patch_size**2).float()

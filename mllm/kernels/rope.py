@@ -14,45 +14,51 @@ from mllm.kernels.pdl import FUSED
 
 
 @triton.jit
-def _rotated(x, pair, cos, sin, d, HALF: tl.constexpr):
-    """x * cos + pair * sin, where pair is x with the halves of each head swapped; the sine's sign is in here."""
-    return x * cos[None, :] + pair * (tl.where(d < HALF, -1.0, 1.0) * sin)[None, :]
+def _heads(row, count, HALF: tl.constexpr, HP: tl.constexpr, PP: tl.constexpr):
+    """The two halves of `count` heads at `row`, f32 [HP PP] each, and where they and their mask lie."""
+    h = tl.arange(0, HP)
+    i = tl.arange(0, PP)
+    at = h[:, None] * (2 * HALF) + i[None, :]
+    mask = (h < count)[:, None] & (i < HALF)[None, :]
+    a = tl.load(row + at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(row + at + HALF, mask=mask, other=0.0).to(tl.float32)
+    return a, b, at, mask
+
+
+@triton.jit
+def _store(out, at, mask, a, b, c, s, scale, HALF: tl.constexpr):
+    """The pairs (a, b) turned by the angle of (c, s), times scale."""
+    tl.store(out + at, ((a * c - b * s) * scale).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at + HALF, ((b * c + a * s) * scale).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rotate_write_kernel(
     qkv, q_norm, k_norm, cos, sin, slots, q, keys, values, scale, eps,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
     """One token t: q [T H D] normalised, rotated and scaled; keys and values [slots K D] of it at slots[t]."""
     t = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = D // 2
-    d = tl.arange(0, DP)
-    other = tl.where(d < HALF, d + HALF, d - HALF)
-    inside = d < D
-    h = tl.arange(0, HP)
-    is_q = (h < H)[:, None]
-    mask = (h < H + K)[:, None] & inside[None, :]
+    i = tl.arange(0, PP)
+    inside = i < HALF
     row = qkv + t * (H + 2 * K) * D
-    slot = tl.load(slots + t) * K
-    c = tl.load(cos + t * HALF + d % HALF)
-    s = tl.load(sin + t * HALF + d % HALF)
-    x = tl.load(row + h[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    pair = tl.load(row + h[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
-    wq = tl.load(q_norm + d, mask=inside, other=0.0).to(tl.float32)
-    wk = tl.load(k_norm + d, mask=inside, other=0.0).to(tl.float32)
-    wq_pair = tl.load(q_norm + other, mask=inside, other=0.0).to(tl.float32)
-    wk_pair = tl.load(k_norm + other, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    x = _rotated(x * tl.where(is_q, wq[None, :], wk[None, :]), pair * tl.where(is_q, wq_pair[None, :], wk_pair[None, :]),
-                 c, s, d, HALF) * factor  # fmt: skip
-    tl.store(q + t * H * D + h[:, None] * D + d[None, :], (x * scale).to(q.dtype.element_ty), mask=is_q & mask)
-    key = (slot + h - H)[:, None] * D + d[None, :]
-    tl.store(keys + key, x.to(keys.dtype.element_ty), mask=(h >= H)[:, None] & mask)
-    k = tl.arange(0, KP)
-    mask = (k < K)[:, None] & inside[None, :]
-    v = tl.load(row + (H + K + k)[:, None] * D + d[None, :], mask=mask, other=0.0)
-    tl.store(values + (slot + k)[:, None] * D + d[None, :], v, mask=mask)
+    slot = tl.load(slots + t) * K * D
+    c = tl.load(cos + t * HALF + i, mask=inside, other=0.0)[None, :]
+    s = tl.load(sin + t * HALF + i, mask=inside, other=0.0)[None, :]
+    qa, qb, q_at, q_mask = _heads(row, H, HALF, HP, PP)
+    ka, kb, k_at, k_mask = _heads(row + H * D, K, HALF, KP, PP)
+    va, vb, _, _ = _heads(row + (H + K) * D, K, HALF, KP, PP)
+    wa = tl.load(q_norm + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    wb = tl.load(q_norm + HALF + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    factor = tl.rsqrt((tl.sum(qa * qa, 1) + tl.sum(qb * qb, 1)) / D + eps)[:, None]
+    _store(q + t * H * D, q_at, q_mask, qa * factor * wa, qb * factor * wb, c, s, scale, HALF)
+    wa = tl.load(k_norm + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    wb = tl.load(k_norm + HALF + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    factor = tl.rsqrt((tl.sum(ka * ka, 1) + tl.sum(kb * kb, 1)) / D + eps)[:, None]
+    _store(keys + slot, k_at, k_mask, ka * factor * wa, kb * factor * wb, c, s, 1.0, HALF)
+    tl.store(values + slot + k_at, va.to(values.dtype.element_ty), mask=k_mask)
+    tl.store(values + slot + k_at + HALF, vb.to(values.dtype.element_ty), mask=k_mask)
 
 
 def rotate_write(
@@ -66,29 +72,23 @@ def rotate_write(
     q = qkv.new_empty(tokens, heads, size)
     rotate_write_kernel[(tokens,)](
         qkv, q_norm, k_norm, cos, sin, slots, q, keys, values, scale, eps,
-        H=heads, K=kv_heads, D=size, DP=triton.next_power_of_2(size), HP=triton.next_power_of_2(heads + kv_heads),
-        KP=triton.next_power_of_2(kv_heads), **FUSED,
+        H=heads, K=kv_heads, D=size, HP=triton.next_power_of_2(heads), KP=triton.next_power_of_2(kv_heads),
+        PP=triton.next_power_of_2(size // 2), **FUSED,
     )  # fmt: skip
     return q
 
 
 @triton.jit
-def rotate_heads_kernel(qkv, cos, sin, out, scale, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                        HP: tl.constexpr):  # fmt: skip
+def rotate_heads_kernel(qkv, cos, sin, out, scale, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr,
+                        PP: tl.constexpr):  # fmt: skip
     """One patch: its queries, times scale, and keys of qkv [X 3 H D], rotated, to out [X 2 H D]."""
     x = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = D // 2
-    d = tl.arange(0, DP)
-    other = tl.where(d < HALF, d + HALF, d - HALF)
-    h = tl.arange(0, HP)
-    mask = (h < 2 * H)[:, None] & (d < D)[None, :]
-    row = qkv + x * 3 * H * D + h[:, None] * D
-    c = tl.load(cos + x * HALF + d % HALF)
-    s = tl.load(sin + x * HALF + d % HALF)
-    value = tl.load(row + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    pair = tl.load(row + other[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = _rotated(value, pair, c, s, d, HALF) * tl.where(h < H, scale, 1.0)[:, None]
-    tl.store(out + x * 2 * H * D + h[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=mask)
+    i = tl.arange(0, PP)
+    c = tl.load(cos + x * HALF + i, mask=i < HALF, other=0.0)[None, :]
+    s = tl.load(sin + x * HALF + i, mask=i < HALF, other=0.0)[None, :]
+    a, b, at, mask = _heads(qkv + x * 3 * H * D, 2 * H, HALF, HP, PP)
+    _store(out + x * 2 * H * D, at, mask, a, b, c, s, tl.where(tl.arange(0, HP) < H, scale, 1.0)[:, None], HALF)
 
 
 def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -97,8 +97,8 @@ def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, scale: fl
     size = width // (3 * heads)
     out = qkv.new_empty(count, 2, heads, size)
     rotate_heads_kernel[(count,)](
-        qkv, cos, sin, out, scale, H=heads, D=size, DP=triton.next_power_of_2(size),
-        HP=triton.next_power_of_2(2 * heads), **FUSED,
+        qkv, cos, sin, out, scale, H=heads, D=size, HP=triton.next_power_of_2(2 * heads),
+        PP=triton.next_power_of_2(size // 2), **FUSED,
     )  # fmt: skip
     return out[:, 0], out[:, 1]
 

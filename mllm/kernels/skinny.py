@@ -30,13 +30,13 @@ class Tile(NamedTuple):
     ahead: int = 0
 
 
-PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
+FETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
 
 
 @triton.jit
 def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                   BP: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y [parts B N] from x [B K] and w [N K], part s from inputs s*KS to (s + 1)*KS.
 
     GATE: w [2N K] holds gate over up, y is silu(gate) * up, and a program takes BN/2 of each.
@@ -52,10 +52,13 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     b = tl.arange(0, BP)
     rows = n.to(tl.int64)[:, None] * K
     acc = tl.zeros([BN, BP], tl.float32)
-    if AHEAD > 0:  # inputs whose weights are asked for, into the L2 cache, while the kernel before still runs
-        slab = w + tl.where(inside, rows, 0) + part * KS
-        length = tl.full([BN], AHEAD * 2, tl.int32)
-        tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [slab, length], dtype=tl.int32, is_pure=False, pack=1)
+    if AHEAD > 0:  # inputs whose weights are asked for while the kernel before still runs, a piece by each thread
+        thread = tl.arange(0, LANES)
+        row = first + thread % BN % OUT
+        at = tl.minimum(row, N - 1) + thread % BN // OUT * N
+        piece = w + at.to(tl.int64) * K + part * KS + thread // BN * (AHEAD * BN // LANES)
+        size = tl.full([LANES], AHEAD * BN // LANES * 2, tl.int32)
+        tl.inline_asm_elementwise(FETCH, "=r,l,r", [piece, size], dtype=tl.int32, is_pure=False, pack=1)
     wait(PDL)
     for start in tl.range(part * KS, part * KS + KS, BK, num_stages=STAGES):
         at = start + k
@@ -97,6 +100,7 @@ def linear(
     skinny_kernel[(triton.cdiv(outputs, tile.outputs // 2 if gate else tile.outputs), count)](
         x, w, y, rows, outputs, K=inputs, KS=each, BN=tile.outputs, BK=tile.inputs,
         BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=tile.stages,
-        AHEAD=min(tile.ahead, each, inputs - (count - 1) * each) if pdl else 0, num_warps=tile.warps, **options(pdl),
+        AHEAD=min(tile.ahead, each, inputs - (count - 1) * each) if pdl else 0,
+        LANES=max(32 * tile.warps, tile.outputs), num_warps=tile.warps, **options(pdl),
     )  # fmt: skip
     return y

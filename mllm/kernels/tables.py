@@ -45,7 +45,7 @@ def _cuda_tables(*, wide: bool) -> Tables:
     except ImportError as error:
         raise MissingPackageError(f"CUDA devices need {error.name}: pip install 'mllm-runtime[cuda]'") from None
     captured = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide)
-    general = cuda_vision.vision_ops(cuda.prompt_ops(2**31, wide=wide), captured=False, wide=wide)
+    general = cuda_vision.vision_ops(cuda.prompt_ops(2**31, wide=wide, fa3=wide), captured=False, wide=wide)
     return Tables(
         ops=general,
         decode_ops=partial(cuda.decode_ops, pdl=wide),
