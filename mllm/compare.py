@@ -1,13 +1,15 @@
 """Comparing two result files of the benchmarks: `mllm compare base.json new.json --fail-above 5%`.
 
 pytest-benchmark's own comparison looks only at cases whose names are in both files: it passes when a case was renamed
-or dropped, even when none is left. Here a case that is in one file alone is a failure too.
+or dropped, even when none is left. Here a case that is in one file alone is a failure too. A growth within the spread
+of a case's rounds is none: the same code, run twice, differs by that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from attrs import frozen
 class Change:
     """One case in both files; medians in seconds.
 
-    spread: the larger interquartile range of the rounds, over its median: what the same code may differ by.
+    spread: the larger interquartile range of the rounds, over its median: what the same code may differ by. Infinite
+    for a case of a single round, of which nobody knows.
     """
 
     name: str
@@ -83,7 +86,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     changes = []
     for name in sorted(before.keys() & after.keys()):
         a, b = before[name]["stats"], after[name]["stats"]
-        spread = max(a["iqr"] / a["median"], b["iqr"] / b["median"])
+        spread = max(_spread(before[name]["stats"]), _spread(after[name]["stats"]))
         changes.append(Change(name=name, old=a["median"], new=b["median"], spread=spread))
     return Comparison(
         changes=tuple(changes),
@@ -91,6 +94,10 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         added=tuple(sorted(after.keys() - before.keys())),
         hardware=(hardware(old), hardware(new)),
     )
+
+
+def _spread(stats: dict[str, Any]) -> float:
+    return stats["iqr"] / stats["median"] if stats["rounds"] > 1 else math.inf
 
 
 def percent(text: str) -> float:
@@ -109,9 +116,10 @@ def table(found: Comparison, threshold: float) -> str:
     width = max((len(name) for name in (*(c.name for c in found.changes), *found.missing, *found.added)), default=4)
     lines = [f"{'case':{width}}  {'old ms':>10}  {'new ms':>10}  {'change':>8}  {'spread':>7}"]
     words = dict.fromkeys(found.slower(threshold), "  SLOWER")
-    words |= dict.fromkeys(found.unsure(threshold), "  within its spread")
+    words |= dict.fromkeys(found.unsure(threshold), "  unsure")
     for c in found.changes:
-        line = f"{c.name:{width}}  {c.old * 1e3:10.4f}  {c.new * 1e3:10.4f}  {c.ratio - 1:+8.1%}  {c.spread:7.1%}"
+        spread = "1 round" if math.isinf(c.spread) else f"{c.spread:7.1%}"
+        line = f"{c.name:{width}}  {c.old * 1e3:10.4f}  {c.new * 1e3:10.4f}  {c.ratio - 1:+8.1%}  {spread}"
         lines.append(line + words.get(c, ""))
     lines += [f"{name:{width}}  MISSING from the new file" for name in found.missing]
     lines += [f"{name:{width}}  NEW: not in the old file" for name in found.added]
@@ -161,5 +169,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not wrong:
         print(f"{len(found.changes)} cases, none slower by more than {args.fail_above:.0%} and its spread")
     if unsure := found.unsure(args.fail_above):
-        print(f"{_cases(len(unsure))} too noisy to judge at {args.fail_above:.0%}")
+        print(f"{_cases(len(unsure))} slower by less than the rounds of one run differ: more rounds would tell")
     return 1 if wrong else 0

@@ -170,7 +170,7 @@ def _roofline(pyplot: Any, cases: list[Case], data: dict[str, Any]) -> Drawing |
     points = [case for case in cases if case.get("flops") and case.get("bytes") and "tflop_s" in case]
     if not limit or not points:
         return None
-    figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
     intensity = [case["flops"] / case["bytes"] for case in points]
     ridge = limit["product_tflop_s"] * 1e3 / limit["read_gb_s"]
     roof = [
@@ -197,7 +197,7 @@ def _roofline(pyplot: Any, cases: list[Case], data: dict[str, Any]) -> Drawing |
     axis.xaxis.set_major_formatter("{x:,g}")
     axis.yaxis.set_major_formatter("{x:,g}")
     axis.grid(True, alpha=0.3)
-    axis.legend(fontsize="small", loc="upper left")
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return Drawing(figure, f"Roofline, TFLOP/s over flops per byte, limit {_limit(limit)}: {'; '.join(words)}.")
 
 

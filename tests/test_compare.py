@@ -42,7 +42,7 @@ def _results(**medians: float) -> dict[str, Any]:
     cases = [
         {
             "fullname": f"benchmarks/test_decode.py::test_decode[{name}]", "name": f"test_decode[{name}]",
-            "group": "decode", "extra_info": {}, "stats": {"median": median, "iqr": median / 50},
+            "group": "decode", "extra_info": {}, "stats": {"median": median, "iqr": median / 50, "rounds": 20},
         }
         for name, median in medians.items()
     ]  # fmt: skip
@@ -104,10 +104,18 @@ def test_a_slowdown_below_the_spread_of_the_rounds_is_told_and_no_failure(
     new["benchmarks"][0]["stats"]["iqr"] = 0.002  # a fifth of the median, where the growth is a tenth
     assert _compare(tmp_path, old, new) == 0
     shown = capsys.readouterr().out
-    assert "within its spread" in shown
-    assert "1 case is too noisy to judge at 5%" in shown
+    assert "unsure" in shown
+    assert "1 case is slower by less than the rounds of one run differ" in shown
     new["benchmarks"][0]["stats"]["iqr"] = 0.0005
     assert _compare(tmp_path, old, new) == 1
+
+
+def test_a_single_round_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = _results(a=0.010), _results(a=0.011)
+    for data in (old, new):
+        data["benchmarks"][0]["stats"] |= {"rounds": 1, "iqr": 0.0}
+    assert _compare(tmp_path, old, new) == 0
+    assert "1 round" in capsys.readouterr().out
 
 
 @pytest.fixture
