@@ -51,6 +51,11 @@ class Model:
         return self.decode_ops(rows) if self.decode_ops else self.ops
 
     @property
+    def pads(self) -> bool:
+        """Whether batches are padded to sizes that come again (`mllm.buckets`), for the sake of recordings."""
+        return self.prompt_ops is not None
+
+    @property
     def device(self) -> torch.device:
         return self.weights.text.embed.device
 
