@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE, Tiny, examples, four_prompts, picture, words
 
 import mllm
-from mllm import budget, families, memory, requests, stages, weights
+from mllm import budget, checkpoint, families, memory, requests, stages, weights
 from mllm.budget import MemoryProfile
 from mllm.cache import KVPool, bytes_per_token
 from mllm.errors import ImageError, MemoryBudgetError, PromptError
@@ -220,20 +220,23 @@ def test_a_cpu_has_what_the_system_has_whatever_gpu_is_there(faked: Any) -> None
 
 def test_loading_measures_before_and_after_the_weights(vision_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both times, in this order: a budget from what is free afterwards alone would count the weights twice."""
-    measured = iter([3 * GB, 2 * GB])
+    measured = iter([3 * GB, 2 * GB])  # the first for the plan, which is checked before anything is read
     monkeypatch.setattr(budget, "available", lambda device: next(measured))
     made = mllm.load(vision_model.folder, mem_fraction_static=0.5, progress=False).memory
     assert (made.available_before, made.available_after, made.kv_bytes) == (3 * GB, 2 * GB, GB // 2)
     assert made.weight_bytes == vision_model.ours.weights.nbytes
 
 
-def test_a_model_that_leaves_no_room_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_leaves_no_room_is_refused_before_a_weight_is_read_or_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not after minutes of reading, nor by the system's own killing of what takes too much."""
     monkeypatch.setattr(budget, "available", lambda device: 10_000_000)
-    with pytest.raises(MemoryBudgetError, match="the weights alone exceed the static share"):
-        plan()
-    # faked so, nothing is taken by the weights; what runs beside them still finds no room
-    with pytest.raises(MemoryBudgetError, match="cannot hold one prefill chunk and one row"):
-        mllm.load()
+    for module, name in ((checkpoint, "load"), (weights, "random")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("weights were read"))
+    for call in (mllm.load, plan, lambda: mllm.dummy("qwen3-vl-8b")):
+        with pytest.raises(MemoryBudgetError, match="the weights alone exceed the static share"):
+            call()
 
 
 @pytest.mark.parametrize("name", [None, "qwen3-0.6b", "qwen3-vl-8b"])
