@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,6 +173,11 @@ def test_a_fraction_that_is_none_is_refused(value: float, vision_model: Tiny) ->
     for wrong in ("0.5", True, None):
         with pytest.raises(TypeError, match="mem_fraction_static: expected a number"):
             mllm.dummy(vision_model.ours.config, mem_fraction_static=wrong)  # type: ignore[arg-type]
+
+
+def test_the_table_on_the_front_page_is_what_the_function_prints() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"```text\n{budget.table(shared_out(1495 * 10**8, config=EIGHT))}\n```" in page
 
 
 def test_every_field_of_the_profile_is_documented_with_its_unit() -> None:

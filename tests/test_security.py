@@ -191,3 +191,17 @@ def test_an_animation_is_its_first_frame(vision_model: Tiny) -> None:
         frames[0].save(file, kind, save_all=True, append_images=frames[1:], lossless=True)
         opened = mllm.images.open_image(file.getvalue())
         assert (opened.size, opened.convert("RGB").tobytes()) == (frames[0].size, frames[0].tobytes())
+
+
+def test_the_figures_of_the_security_page_are_those_of_the_tests() -> None:
+    page = " ".join((ROOT / "SECURITY.md").read_text(encoding="utf-8").split())
+    source = {
+        name: (ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8") for name in ("reliability", "runtime")
+    }
+    assert f"{len(BROKEN)} kinds of broken folder" in page
+    assert f"{mllm.images.MAX_BYTES // 2**20} MiB as a file and {mllm.images.MAX_PIXELS:,} pixels" in page
+    assert f"{mllm.images.MAX_RATIO}:1" in page
+    assert "460 streams" in page
+    assert '"aborts", [460]' in source["reliability"]
+    assert "200 runs of 50 steps" in page
+    assert "examples(200, stateful_step_count=50)" in source["runtime"]
