@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,9 @@ def allocate(
     """
     free, size = budget.available(model.device), profile.page_size
     longest = -(-max(request.slots for request in made) // size)
+    if not _fits(model, made, rows, profile, free):
+        gc.collect()  # earlier calls that failed may hang in their tracebacks, with their pools
+        free = budget.available(model.device)
     while not _fits(model, made, rows, profile, free):
         if rows == 1:
             raise MemoryBudgetError(_refusal(model, made, profile, free))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,6 +325,22 @@ def test_fewer_rows_run_together_where_memory_is_short_and_the_tokens_are_the_sa
         _, table = memory.allocate(model, made, rows=4, profile=model.memory)
         assert len(table.live) == rows
         assert [out.tokens for out in mllm.generate(model, prompts, max_new_tokens=6)] == want
+
+
+def test_what_earlier_calls_left_to_the_garbage_collector_is_not_held_against_the_next(
+    text_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool hangs in a reference cycle, as in the traceback of a call that failed."""
+    hanging: list[Any] = [torch.zeros(3)]
+    hanging.append(hanging)
+    left = weakref.ref(hanging[0])
+    del hanging
+    monkeypatch.setattr(budget, "available", lambda device: 1000 if left() is not None else GB)
+    _, table = memory.allocate(
+        text_model.ours, requests.make_all(text_model.ours, [mllm.Prompt(words(3))] * 2, 4, Sampling()), rows=2,
+        profile=text_model.ours.memory,
+    )  # fmt: skip
+    assert len(table.live) == 2
 
 
 def test_a_request_that_memory_cannot_hold_now_is_refused_before_anything_is_allocated(
