@@ -16,7 +16,7 @@ from mllm.cache import KVPool
 from mllm.kernels.reference import REFERENCE
 from mllm.model import Model
 from mllm.prompts import Expanded
-from mllm.requests import chunk
+from mllm.segments import chunk
 from mllm.table import RequestTable
 from mllm.transform import capture
 

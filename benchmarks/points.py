@@ -18,8 +18,9 @@ from mllm.cache import PAGE_SIZE, KVPool
 from mllm.image_config import ImageConfig
 from mllm.model import Model
 from mllm.prompts import Expanded, Prompt
-from mllm.requests import chunk, join_patches
+from mllm.requests import join_patches
 from mllm.sampling import Sampling, sampling_batch
+from mllm.segments import chunk
 from mllm.table import RequestTable
 
 CHUNK = 8192  # tokens in one prefill where only its result is wanted
@@ -132,7 +133,7 @@ def greedy(model: Model, rows: int) -> SamplingBatch:
 def patches_of(model: Model, pictures: Sequence[Image.Image], at: Sequence[int]) -> PatchBatch:
     """Preprocess pictures; merged patch m belongs to the token at `at[m]`."""
     config = _image_config(model)
-    parts = [images.patches(picture, config) for picture in pictures]
+    parts = [torch.from_numpy(images.patches(picture, config)).to(model.device) for picture in pictures]
     grids = [images.grid(picture.size, config) for picture in pictures]
     return join_patches(parts, grids, np.array(at, np.int64), config, device=model.device)
 
@@ -144,7 +145,8 @@ def random_patches(model: Model, grid: tuple[int, int]) -> PatchBatch:
         raise ValueError(f"--grid: sides must be multiples of {config.merge}, got {grid[0]}x{grid[1]}")
     count = grid[0] * grid[1]
     noise = np.random.default_rng(count).integers(0, 256, (count, 3 * config.patch**2), np.uint8)
-    return join_patches([noise], [grid], np.arange(count // config.merge**2), config, device=model.device)
+    parts = [torch.from_numpy(noise).to(model.device)]
+    return join_patches(parts, [grid], np.arange(count // config.merge**2), config, device=model.device)
 
 
 def _image_config(model: Model) -> ImageConfig:

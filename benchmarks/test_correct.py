@@ -18,7 +18,7 @@ from mllm import stages
 from mllm.batch import VisionTokens, pack
 from mllm.model import Model
 from mllm.prompts import Expanded
-from mllm.requests import chunk
+from mllm.segments import chunk
 
 PROMPTS = ("The capital of France is", "The capital of the United Kingdom is", "Today is a sunny day and I like")
 NEW_TOKENS = 16

@@ -11,7 +11,7 @@ from mllm import stages
 from mllm.batch import VisionTokens, pack
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
-from mllm.requests import chunk
+from mllm.segments import chunk
 
 TEXT = 32  # tokens of text beside the picture where no length was asked for
 

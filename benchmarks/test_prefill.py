@@ -11,7 +11,7 @@ from benchmarks.session import Case
 from mllm import stages, state
 from mllm.batch import pack
 from mllm.kernels.reference import REFERENCE
-from mllm.requests import chunk
+from mllm.segments import chunk
 
 
 @pytest.mark.benchmark(group="prefill")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from mllm.cache import SINK
-from mllm.state import State, state, tensor
+from mllm.state import State, leaves, map_leaves, state, tensor
 from mllm.table import RequestTable
+
+S = TypeVar("S", bound=State)
 
 
 @state
@@ -39,7 +43,8 @@ class PatchBatch(State):
 
     `coords` are, per patch, its row and column and the rows and columns of its image. Image i has patches
     `indptr[i]` to `indptr[i + 1]`. Merged patch m replaces the token at batch position `at[m]`. A byte x stands
-    for the value `(x / 255 - mean) / std` of its channel.
+    for the value `(x / 255 - mean) / std` of its channel. What pads the batch lies beyond the last of `indptr`,
+    and its places in `at` are negative.
     """
 
     patches: Tensor = tensor("X U", torch.uint8)
@@ -58,6 +63,10 @@ class VisionTokens(State):
     embed: Tensor = tensor("M E")
     deep: Tensor = tensor("J M E")
     at: Tensor = tensor("M", torch.int64)
+
+    def first(self, count: int) -> VisionTokens:
+        """The first `count` of them, which leaves out what padded the batch."""
+        return VisionTokens(embed=self.embed[:count], deep=self.deep[:, :count], at=self.at[:count])
 
 
 @state
@@ -84,29 +93,68 @@ class Chunk(State):
     positions: Tensor = tensor("3 T", torch.int32)
 
 
+@frozen
+class Size:
+    """What a batch is padded to: tokens, rows, pages listed for each row, and image tokens."""
+
+    tokens: int
+    rows: int
+    listed: int
+    merged: int = 0
+
+
 def pack(
-    table: RequestTable, chunks: Sequence[Chunk], *, device: str | torch.device, every: bool = False
+    table: RequestTable,
+    chunks: Sequence[Chunk],
+    *,
+    device: str | torch.device,
+    every: bool = False,
+    size: Size | None = None,
 ) -> ForwardBatch:
     """One ragged batch of chunks of different rows, in the given order.
 
-    Logits are wanted after the last token of each chunk, or after every token with `every`.
+    Logits are wanted after the last token of each chunk, or after every token with `every`. With `size` it is padded:
+    tokens that belong to no row and go to the sink, rows without tokens, whose logits nobody reads.
     """
     start = [int(table.length[c.row]) for c in chunks]
     count = [len(c.tokens) for c in chunks]
-    listed = max(table.pages_for(s + n) for s, n in zip(start, count, strict=True))
-    pages = table.pages[[c.row for c in chunks], :listed]
+    total = [s + n for s, n in zip(start, count, strict=True)]
+    listed = max(map(table.pages_for, total))
+    size = size or Size(sum(count), len(chunks), listed)
+    pages = torch.full((size.rows, size.listed), SINK, dtype=torch.int32)
+    pages[: len(chunks), :listed] = table.pages[[c.row for c in chunks], :listed]
     slots = [slots_of(table, c.row, s, s + n) for c, s, n in zip(chunks, start, count, strict=True)]
     ends = np.cumsum([0, *count])
     last = torch.arange(ends[-1]) if every else torch.from_numpy(ends[1:] - 1)
-    return ForwardBatch(
-        tokens=torch.cat([c.tokens for c in chunks]).to(device),
-        positions=torch.cat([c.positions for c in chunks], dim=1).to(device),
-        slots=torch.cat(slots).to(device),
-        pages=pages.to(device),
-        lengths=torch.tensor([s + n for s, n in zip(start, count, strict=True)], dtype=torch.int32, device=device),
-        q_indptr=torch.from_numpy(ends.astype(np.int32)).to(device),
-        last=last.to(device),
+    free, idle = size.tokens - int(ends[-1]), size.rows - len(chunks)
+    batch = ForwardBatch(
+        tokens=_padded(torch.cat([c.tokens for c in chunks]), free),
+        positions=_padded(torch.cat([c.positions for c in chunks], dim=1), free),
+        slots=_padded(torch.cat(slots), free),
+        pages=pages,
+        lengths=_padded(torch.tensor(total, dtype=torch.int32), idle),
+        q_indptr=torch.from_numpy(np.append(ends, [ends[-1]] * idle).astype(np.int32)),
+        last=last if every else _padded(last, idle),
     )
+    return upload(batch, device)
+
+
+def upload(host: S, device: str | torch.device) -> S:
+    """A state made on the host, on the device."""
+    parts = iter(upload_all(leaves(host), device))
+    return cast(S, map_leaves(lambda _: next(parts), host))
+
+
+def upload_all(tensors: Sequence[Tensor], device: str | torch.device) -> list[Tensor]:
+    """Tensors of the host on the device, all in one pinned copy that nobody waits for."""
+    if torch.device(device).type == "cpu":
+        return list(tensors)
+    at = np.cumsum([0, *(-(-t.nbytes // 16) * 16 for t in tensors)]).tolist()  # kernels like aligned addresses
+    staged = torch.empty(at[-1], dtype=torch.uint8, pin_memory=True)
+    for t, begin in zip(tensors, at[:-1], strict=True):
+        staged[begin : begin + t.nbytes].view(t.dtype).copy_(t.flatten())
+    there = staged.to(device, non_blocking=True)
+    return [there[b : b + t.nbytes].view(t.dtype).view(t.shape) for t, b in zip(tensors, at[:-1], strict=True)]
 
 
 def slots_of(table: RequestTable, row: int, start: int, stop: int) -> Tensor:
@@ -133,19 +181,21 @@ def decode_batch(
     pad = size - len(rows)
     index = table.length[list(rows)]
     pages = torch.full((size, listed), SINK, dtype=torch.int32)
-    pages[: len(rows)] = table.pages[list(rows), :listed]
+    width = min(listed, table.pages.shape[1])
+    pages[: len(rows), :width] = table.pages[list(rows), :width]
     at = index.long()
     slots = pages[torch.arange(len(rows)), at // table.page_size].long() * table.page_size + at % table.page_size
     position = index + torch.tensor(list(delta), dtype=torch.int32)
-    return ForwardBatch(
-        tokens=torch.tensor([*tokens, *[0] * pad], dtype=torch.int32, device=device),
-        positions=_padded(position, pad).expand(3, -1).contiguous().to(device),
-        slots=_padded(slots, pad).to(device),
-        pages=pages.to(device),
-        lengths=_padded(index + 1, pad).to(device),
-        q_indptr=torch.arange(size + 1, dtype=torch.int32, device=device),
-        last=torch.arange(size, device=device),
+    batch = ForwardBatch(
+        tokens=torch.tensor([*tokens, *[0] * pad], dtype=torch.int32),
+        positions=_padded(position, pad).expand(3, -1).contiguous(),
+        slots=_padded(slots, pad),
+        pages=pages,
+        lengths=_padded(index + 1, pad),
+        q_indptr=torch.arange(size + 1, dtype=torch.int32),
+        last=torch.arange(size),
     )
+    return upload(batch, device)
 
 
 def _padded(values: Tensor, count: int) -> Tensor:

@@ -14,31 +14,26 @@ from functools import partial
 from itertools import islice
 
 import torch
-from attrs import define, field
 from torch import Tensor
 from tqdm import tqdm
 
-from mllm import budget, memory, requests, stages
-from mllm.batch import ForwardBatch, SamplingBatch, VisionTokens, decode_batch, pack
+from mllm import buckets, budget, memory, requests, segments, stages
+from mllm.batch import ForwardBatch, SamplingBatch, VisionTokens, decode_batch, pack, upload_all
 from mllm.budget import MAX_ROWS, PREFILL_TOKENS
 from mllm.cache import KVPool
 from mllm.completion import Completion, Piece, join
 from mllm.errors import ImageError
 from mllm.model import Model
+from mllm.programs import INFERENCE, Lease, Programs, make_programs
 from mllm.prompts import Prompt
-from mllm.requests import Request, Segment
+from mllm.requests import Request
+from mllm.runs import Read, Run
 from mllm.sampling import Sampling, sampling_batch
+from mllm.segments import Segment
 from mllm.state import alias
 from mllm.table import RequestTable
-from mllm.tokenizer import TextStream
-from mllm.transform import capture
 
-RECORDINGS = 1024
-"""Recordings of the decode step that one call may make: a size of batch times a power of two of listed pages."""
 GREEDY = Sampling()
-INFERENCE = torch.inference_mode()
-"""Around whole stages, never around a `yield`, which would hand it to the caller: a small model's step is a tenth
-shorter without autograd's part in every call."""
 
 
 def generate(
@@ -90,16 +85,19 @@ def stream(
 def score(model: Model, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Logits at every prompt position: f32 [T V] for each prompt, on the model's device."""
     scores = []
+    programs = make_programs(model)
     for request in requests.make_all(model, prompts, 1, GREEDY):
         memory.check_score(model, request.length)
-        pool, table = memory.allocate(model, [request], rows=1, profile=model.memory)
+        table = memory.allocate(model, [request], rows=1, profile=model.memory)
         memory.fit(request, table, model.memory)
+        pool = _pool(model, table, len(table.free))
         table, rows = stages.admit(table, [request.slots])
-        features = {request.index: _encode(model, request)} if request.prompt.images else {}
+        features = {request.index: _encode(model, programs, request)} if request.prompt.images else {}
         parts = []
-        for segments in requests.cut([(request, rows[0])], limit=PREFILL_TOKENS):
-            pool, logits = _prefill(model, pool, table, segments, features, every=True)
-            table = _commit(table, segments)
+        for batch in segments.cut([(request, rows[0])], limit=PREFILL_TOKENS):
+            tokens = pack(table, [segment.chunk() for segment in batch], device=model.device, every=True)
+            pool, logits = programs.prefill(pool, tokens, segments.crop(features, batch), padded=False)
+            table = _commit(table, batch)
             parts.append(logits)
         scores.append(torch.cat(parts))
     return scores
@@ -122,85 +120,78 @@ def _run(
     if progress:
         print(budget.table(profile), file=sys.stderr)
     rows = min(len(made), max_running_requests or MAX_ROWS)
-    pool, table = memory.allocate(model, made, rows=rows, profile=profile)
-    return _loop(model, deque(memory.fit(request, table, profile) for request in made), pool, table)
+    table = memory.allocate(model, made, rows=rows, profile=profile)
+    return _loop(model, deque(memory.fit(request, table, profile) for request in made), table)
 
 
-@define(eq=False)
-class _Run:
-    """A request that holds a row. The one mutable thing here: what was made of the request so far."""
-
-    request: Request
-    row: int
-    text: TextStream | None
-    tokens: list[int] = field(factory=list)
-
-    def push(self, token: int, end_tokens: Sequence[int]) -> Piece:
-        """Take the next token, and say what it completes and whether it is the last."""
-        if token < 0:
-            return self.fail(f"the logits after {self.request.length + len(self.tokens)} tokens are not finite")
-        self.tokens.append(token)
-        reason = None
-        if token in end_tokens:
-            reason = "stop"
-        elif len(self.tokens) == self.request.new_tokens:
-            reason = self.request.limit_reason
-        text = ""
-        if self.text is not None:
-            text = self.text.push(token) + (self.text.flush() if reason else "")
-        return Piece(index=self.request.index, token=token, text=text, finish_reason=reason)
-
-    def fail(self, error: str) -> Piece:
-        """End the request here, and only it."""
-        text = self.text.flush() if self.text else ""
-        return Piece(index=self.request.index, token=-1, text=text, finish_reason="error", error=error)
+def _pool(model: Model, table: RequestTable, pages: int) -> KVPool:
+    size = table.page_size
+    return KVPool.empty(model.config.text, pages=pages, page_size=size, device=model.device, dtype=model.dtype)
 
 
-def _loop(model: Model, waiting: deque[Request], pool: KVPool, table: RequestTable) -> Iterator[Piece]:
-    """The loop itself. Each turn admits what fits, then runs one prefill batch or else one decode step."""
-    step = INFERENCE(capture(partial(_step, model), donate=("pool",), carry=("batch",), limit=RECORDINGS))
-    runs: dict[int, _Run] = {}  # by row
+def _loop(model: Model, waiting: deque[Request], table: RequestTable) -> Iterator[Piece]:
+    """Lend the turns what they run on, and take it back however they end."""
+    make_pool = partial(_pool, model, table, memory.pool_pages(model, table))
+    lease = model.shelf.take(model, len(table.free), make_pool)
+    try:
+        yield from _turns(model, waiting, table, lease)
+    finally:
+        model.shelf.put(model, lease)
+
+
+def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Lease) -> Iterator[Piece]:
+    """The loop itself. Each turn admits what fits, then runs one prefill batch or else one decode step.
+
+    A GPU's tokens are read one step behind: the next step is on its way while the host looks at those of the last.
+    """
+    programs = lease.programs
+    most = 2 if model.device.type == "cuda" else 1  # steps whose tokens are on their way to the host
+    runs: dict[int, Run] = {}  # by row
     prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
     features: dict[int, VisionTokens] = {}  # of their images, by request
-    decoding: list[_Run] = []  # the runs whose prompts are through,
+    decoding: list[Run] = []  # the runs whose prompts are through,
     batch: ForwardBatch | None = None  # their batch, the carry of decode: None once it has to be made anew,
-    longest = 0  # and the tokens of their longest context
+    longest = 0  # the tokens of their longest context,
+    reads: deque[Read] = deque()  # and the tokens of the steps that were launched
     while waiting or runs:
         pieces: list[tuple[int, Piece]] = []
-        if waiting and batch is None:
+        if waiting and batch is None and not reads:
             table, rows = stages.admit(table, [r.slots for r in islice(waiting, len(table.live))])
             for row in rows:
-                runs[row] = _Run(waiting.popleft(), row, model.tokenizer.stream() if model.tokenizer else None)
-            pieces = _encode_all(model, [runs[row] for row in rows], features)
+                runs[row] = Run(waiting.popleft(), row, model.tokenizer.stream() if model.tokenizer else None)
+            pieces = _encode_all(model, programs, [runs[row] for row in rows], features)
             failed = {row for row, _ in pieces}
-            prompts.extend(requests.cut([(runs[r].request, r) for r in rows if r not in failed], limit=PREFILL_TOKENS))
+            prompts.extend(segments.cut([(runs[r].request, r) for r in rows if r not in failed], limit=PREFILL_TOKENS))
         drawn: dict[int, int] = {}  # the next token of each row that has one
-        kept = alias(pool)  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
-        if prompts:
-            segments = prompts.popleft()
+        kept = alias(lease.pool)  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
+        if reads and (batch is None or len(reads) == most or min(r.wanted for r in decoding) <= len(reads)):
+            drawn = {row: token for row, token in reads.popleft().get() if row in runs}
+        elif prompts:
+            part = prompts.popleft()
             batch = None
             try:
-                pool, drawn = _prefill_and_draw(model, pool, table, segments, features)
+                lease.pool, drawn = _prefill_and_draw(model, programs, lease.pool, table, part, features)
             except torch.OutOfMemoryError as error:
-                pool = kept
-                pieces += _out_of_memory("prefill", [runs[row] for row in {s.row for s in segments}], error)
-                prompts = deque(requests.without(prompts, {row for row, _ in pieces}))
+                lease.pool = kept
+                pieces += _out_of_memory("prefill", [runs[row] for row in {s.row for s in part}], error)
+                prompts = deque(segments.without(prompts, {row for row, _ in pieces}))
             else:
-                table = _commit(table, segments)
+                table = _commit(table, part)
         elif len(pieces) < len(runs):
             try:
                 if batch is None or batch.pages.shape[1] < table.pages_for(longest + 1):
                     decoding = [run for run in runs.values() if run.tokens]
                     longest = max(int(table.length[run.row]) for run in decoding)
                     batch, sampling = _decode_batch(model, table, decoding, longest + 1)
-                pool, batch, tokens = step(pool, batch, sampling)
+                lease.pool, batch, tokens = programs.step(lease.pool, batch, sampling)
             except torch.OutOfMemoryError as error:
-                pool, batch = kept, None
+                lease.pool, batch = kept, None
+                reads.clear()
                 pieces += _out_of_memory("decode", decoding, error)
             else:
                 longest += 1
                 table = stages.commit(table, [run.row for run in decoding], [1] * len(decoding))
-                drawn = dict(zip((run.row for run in decoding), tokens.tolist(), strict=False))
+                reads.append(Read(tokens, [run.row for run in decoding]))
         pieces += [(row, runs[row].push(token, model.config.end_tokens)) for row, token in drawn.items()]
         yield from (piece for _, piece in pieces)
         if done := [row for row, piece in pieces if piece.finish_reason]:
@@ -210,20 +201,21 @@ def _loop(model: Model, waiting: deque[Request], pool: KVPool, table: RequestTab
                 features.pop(runs.pop(row).request.index, None)
 
 
-def _out_of_memory(stage: str, runs: Sequence[_Run], error: BaseException) -> list[tuple[int, Piece]]:
+def _out_of_memory(stage: str, runs: Sequence[Run], error: BaseException) -> list[tuple[int, Piece]]:
     """The ends of requests whose batch had no memory to run in: (row, piece) of each."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return [(run.row, run.fail(f"out of memory in {stage}, {len(runs)} requests at once: {reason}")) for run in runs]
 
 
-@INFERENCE
-def _encode_all(model: Model, runs: Sequence[_Run], features: dict[int, VisionTokens]) -> list[tuple[int, Piece]]:
+def _encode_all(
+    model: Model, programs: Programs, runs: Sequence[Run], features: dict[int, VisionTokens]
+) -> list[tuple[int, Piece]]:
     """Put the features of every run's images into `features`; a picture that cannot be decoded ends its run."""
     failed = []
     for run in runs:
         try:
             if run.request.prompt.images:
-                features[run.request.index] = _encode(model, run.request)
+                features[run.request.index] = _encode(model, programs, run.request)
         except ImageError as error:
             failed.append((run.row, run.fail(str(error))))
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -231,69 +223,60 @@ def _encode_all(model: Model, runs: Sequence[_Run], features: dict[int, VisionTo
     return failed
 
 
-def _encode(model: Model, request: Request) -> VisionTokens:
+@INFERENCE
+def _encode(model: Model, programs: Programs, request: Request) -> VisionTokens:
     """The features of the images of one request."""
-    if model.config.vision is None or model.weights.vision is None:
-        raise ImageError("a model that reads only text was given an image")
-    parts = (requests.patch_batch(model, request, part) for part in requests.image_batches(model, request))
-    vit = partial(stages.vit, model.weights.vision, config=model.config.vision, ops=model.ops)
-    return requests.join([vit(part) for part in parts])
-
-
-def _prefill(
-    model: Model,
-    pool: KVPool,
-    table: RequestTable,
-    segments: Sequence[Segment],
-    features: dict[int, VisionTokens],
-    *,
-    every: bool = False,
-) -> tuple[KVPool, Tensor]:
-    """Run one batch of prompt segments; logits after the last token of each, or after every token. Commits nothing."""
-    batch = pack(table, [segment.chunk() for segment in segments], device=model.device, every=every)
-    vision = requests.crop(features, segments)
-    return stages.prefill(model.weights, pool, batch, vision, config=model.config, ops=model.ops)
-
-
-def _commit(table: RequestTable, segments: Sequence[Segment]) -> RequestTable:
-    return stages.commit(table, [s.row for s in segments], [s.stop - s.start for s in segments])
+    parts = []
+    for part in requests.image_batches(model, request):
+        grids, tokens = request.layout.grids[part], sum(request.layout.counts[part])
+        patches = sum(rows * cols for rows, cols in grids)
+        size = buckets.patch_size(model.device, patches, len(grids), patches // tokens)
+        made = programs.vit(requests.patch_batch(model, request, part, size), padded=size is not None)
+        parts.append(made.first(tokens))
+    return segments.join(parts)
 
 
 @INFERENCE
 def _prefill_and_draw(
-    model: Model, pool: KVPool, table: RequestTable, segments: Sequence[Segment], features: dict[int, VisionTokens]
+    model: Model,
+    programs: Programs,
+    pool: KVPool,
+    table: RequestTable,
+    part: Sequence[Segment],
+    features: dict[int, VisionTokens],
 ) -> tuple[KVPool, dict[int, int]]:
-    """Run one batch of prompt segments; the first new token of each row whose prompt ends in it."""
-    pool, logits = _prefill(model, pool, table, segments, features)
-    settings = sampling_batch([s.request.sampling for s in segments], size=len(segments), device=model.device)
-    lengths = torch.tensor([s.stop for s in segments], dtype=torch.int32, device=model.device)
-    tokens = stages.sample(logits, settings, lengths, ops=model.ops).tolist()
-    through = [(s, token) for s, token in zip(segments, tokens, strict=True) if s.completes]
+    """Run one batch of prompt segments; the first new token of each row whose prompt ends in it. Commits nothing."""
+    count, listed = sum(s.stop - s.start for s in part), max(table.pages_for(s.stop) for s in part)
+    size = buckets.prompt_size(model.device, count, len(part), listed, segments.pictured(part))
+    batch = pack(table, [segment.chunk() for segment in part], device=model.device, size=size)
+    vision = segments.crop(features, part, size.merged if size else None)
+    pool, logits = programs.prefill(pool, batch, vision, padded=size is not None)
+    settings = sampling_batch([s.request.sampling for s in part], size=len(part), device=model.device)
+    (lengths,) = upload_all([torch.tensor([s.stop for s in part], dtype=torch.int32)], model.device)
+    tokens = stages.sample(logits[: len(part)], settings, lengths, ops=model.ops).tolist()
+    through = [(s, token) for s, token in zip(part, tokens, strict=True) if s.completes]
     for segment, _ in through:
         features.pop(segment.request.index, None)
     return pool, {segment.row: token for segment, token in through}
 
 
-def _step(
-    model: Model, pool: KVPool, batch: ForwardBatch, sampling: SamplingBatch
-) -> tuple[KVPool, ForwardBatch, Tensor]:
-    """One decode step, with the ops that are fastest for as many rows as the batch has."""
-    ops = model.step_ops(len(batch.lengths))
-    return stages.step(model.weights, pool, batch, sampling, config=model.config, ops=ops)
+def _commit(table: RequestTable, part: Sequence[Segment]) -> RequestTable:
+    return stages.commit(table, [s.row for s in part], [s.stop - s.start for s in part])
 
 
 def _decode_batch(
-    model: Model, table: RequestTable, runs: Sequence[_Run], longest: int
+    model: Model, table: RequestTable, runs: Sequence[Run], longest: int
 ) -> tuple[ForwardBatch, SamplingBatch]:
     """The carry of decode for these rows, with room for contexts of `longest` tokens, and their settings."""
-    size, listed = memory.decode_shape(model.device, len(runs), table.pages_for(longest))
+    held = max(int(table.held[run.row]) for run in runs)
+    size, listed = buckets.decode_size(model.device, len(runs), table.pages_for(longest), held)
     batch = decode_batch(
         table,
         [run.row for run in runs],
         [run.tokens[-1] for run in runs],
         [run.request.layout.delta for run in runs],
         size=size,
-        listed=min(listed, table.pages.shape[1]),
+        listed=listed,
         device=model.device,
     )
     return batch, sampling_batch([run.request.sampling for run in runs], size=size, device=model.device)

@@ -78,18 +78,26 @@ def tokens(grid: tuple[int, int], config: ImageConfig) -> int:
     return rows * cols // config.merge**2
 
 
+def pixels(image: Image.Image, config: ImageConfig) -> NDArray[np.uint8]:
+    """The picture at the size that its patches have: `uint8 [height, width, 3]`. EXIF is not applied here.
+
+    Raises `ImageError` if the picture cannot be decoded or is outside the limits of `grid`.
+    """
+    rows, cols = grid(check_image(image).size, config)
+    size = cols * config.patch, rows * config.patch
+    return np.asarray(rgb(image).resize(size, Image.Resampling.BICUBIC))
+
+
 def patches(image: Image.Image, config: ImageConfig) -> NDArray[np.uint8]:
     """The picture as `uint8 [X, 3*patch*patch]`, one row per patch: channel, then row, then column in the patch.
 
     Patches that merge into one token are neighbours. The temporal axis is left out: a still picture is one
-    frame repeated, so the patch embedding sums its temporal kernels instead. EXIF is not applied here.
-    Raises `ImageError` if the picture cannot be decoded or is outside the limits of `grid`.
+    frame repeated, so the patch embedding sums its temporal kernels instead. Raises `ImageError` as `pixels` does.
     """
-    rows, cols = grid(check_image(image).size, config)
-    patch, merge = config.patch, config.merge
-    resized = rgb(image).resize((cols * patch, rows * patch), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized).reshape(rows // merge, merge, patch, cols // merge, merge, patch, 3)
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(rows * cols, 3 * patch**2)
+    whole = pixels(image, config)
+    (rows, cols), patch, merge = grid(image.size, config), config.patch, config.merge
+    tiles = whole.reshape(rows // merge, merge, patch, cols // merge, merge, patch, 3)
+    return np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(rows * cols, 3 * patch**2)
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 
-import torch
-
-from mllm import budget, peak, requests
+from mllm import buckets, budget, peak, requests
 from mllm.budget import PREFILL_TOKENS, MemoryProfile, gigabytes
-from mllm.cache import KVPool
 from mllm.errors import MemoryBudgetError, PromptError
 from mllm.model import Model
 from mllm.peak import Load, Peak
@@ -17,15 +14,13 @@ from mllm.requests import Request
 from mllm.table import RequestTable
 
 
-def allocate(
-    model: Model, made: Sequence[Request], *, rows: int, profile: MemoryProfile
-) -> tuple[KVPool, RequestTable]:
-    """A KV pool and a request table for at most `rows` rows, as large as their largest requests need or as `profile`
+def allocate(model: Model, made: Sequence[Request], *, rows: int, profile: MemoryProfile) -> RequestTable:
+    """A request table for at most `rows` rows, over as many pages as their largest requests need or as `profile`
     allows; fewer rows where pool and peak of so many exceed what is available now.
 
     Raises `MemoryBudgetError`, before anything is allocated, where one row exceeds it.
     """
-    free, size = budget.available(model.device), profile.page_size
+    free, size = budget.available(model.device) + model.shelf.nbytes, profile.page_size
     longest = -(-max(request.slots for request in made) // size)
     if not _fits(model, made, rows, profile, free):
         gc.collect()  # earlier calls that failed may hang in their tracebacks, with their pools
@@ -35,8 +30,22 @@ def allocate(
             raise MemoryBudgetError(_refusal(model, made, profile, free))
         rows -= 1
     pages = _pages(made, rows, profile)
-    pool = KVPool.empty(model.config.text, pages=pages, page_size=size, device=model.device, dtype=model.dtype)
-    return pool, RequestTable.empty(rows=rows, pages=pages, page_size=size, row_pages=longest)
+    return RequestTable.empty(rows=rows, pages=pages, page_size=size, row_pages=longest)
+
+
+def pool_pages(model: Model, table: RequestTable) -> int:
+    """Usable pages of the pool for a table.
+
+    On a GPU pool and recordings outlive the call, so the pool is rounded up to a power of two, that the next call
+    finds it large enough: where it does not take more than half of what is available, nor more than the budget has.
+    """
+    needed, size = len(table.free), table.page_size
+    if model.device.type == "cpu":
+        return needed
+    page_bytes = size * model.memory.bytes_per_token
+    free = budget.available(model.device) + model.shelf.nbytes
+    most = min(model.memory.effective_tokens // size, free // 2 // page_bytes)
+    return max(needed, min(buckets.power_of_two(needed), most))
 
 
 def _fits(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfile, free: int) -> bool:
@@ -58,7 +67,8 @@ def _peak(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfi
     held = min(max(request.slots for request in made), profile.effective_tokens)
     pictured = sorted((sum(request.layout.counts) for request in made), reverse=True)
     patches = max(requests.largest_batch(model, request) for request in made)
-    padded, listed = decode_shape(model.device, rows, -(-held // profile.page_size))
+    pages = -(-held // profile.page_size)
+    padded, listed = buckets.decode_size(model.device, rows, pages, pages)
     load = Load(
         prefill_tokens=min(PREFILL_TOKENS, sum(request.length for request in made)), rows=padded,
         context=min(max(request.length for request in made), profile.effective_tokens),
@@ -102,20 +112,3 @@ def fit(request: Request, table: RequestTable, profile: MemoryProfile) -> Reques
             f"prompts[{request.index}]: {what} exceed the KV pool of {table.row_tokens} tokens\n{budget.table(profile)}"
         )
     return request.cut_to(table.row_tokens)
-
-
-def decode_shape(device: torch.device, rows: int, pages: int) -> tuple[int, int]:
-    """Rows and listed pages of a decode batch that has `rows` rows, the longest with `pages` pages.
-
-    A CPU computes what it is given, so rows are not padded, and pages are listed in powers of two so that growing
-    rows need few recordings. A GPU's kernels look at each row's length, so its batches list every page a row can
-    have; rows are padded to powers of two, which cost a recording each.
-    """
-    if device.type == "cpu":
-        return rows, _power_of_two(pages)
-    return _power_of_two(rows), 2**31 - 1
-
-
-def _power_of_two(count: int) -> int:
-    """The first power of two from `count` on."""
-    return 1 << (count - 1).bit_length()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from mllm import budget, checkpoint, families, prompts, signs, weights
 from mllm.budget import MEM_FRACTION_STATIC, MemoryProfile
@@ -16,7 +16,8 @@ from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
 from mllm.kernels.ops import Ops
-from mllm.kernels.tables import decode_ops_for, ops_for
+from mllm.kernels.tables import tables_for
+from mllm.programs import Shelf
 from mllm.prompts import Prompt
 from mllm.tokenizer import Tokenizer
 from mllm.weights import Weights
@@ -28,9 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Model:
     """Constants that the stages close over.
 
-    `decode_ops` gives the ops of a decode step by its number of rows; None where `ops` serves it too. `tokenizer` is
-    None where the folder has none, `images` (how pictures become patches) where the model reads only text. `memory` is
-    how the memory of its device was shared out when the weights had been loaded.
+    `ops` and the tables after it are what `mllm.kernels.tables.Tables` says of its device. `tokenizer` is None where
+    the folder has none, `images` (how pictures become patches) where the model reads only text. `memory` is how the
+    memory of its device was shared out when the weights had been loaded.
     """
 
     config: Config
@@ -38,9 +39,12 @@ class Model:
     ops: Ops
     memory: MemoryProfile
     decode_ops: Callable[[int], Ops] | None = None
+    prompt_ops: Callable[[int], Ops] | None = None
+    vision_ops: Callable[[int], Ops] | None = None
     tokenizer: Tokenizer | None = None
     images: ImageConfig | None = None
     name: str = ""
+    shelf: Shelf = field(factory=Shelf, init=False)  # what calls leave to the next one
 
     def step_ops(self, rows: int) -> Ops:
         """The ops of a decode step of `rows` rows."""
@@ -86,9 +90,8 @@ def load(
     return Model(
         config=config,
         weights=made,
-        ops=ops_for(device),
         memory=_profile(config, images, made, before, mem_fraction_static),
-        decode_ops=decode_ops_for(device),
+        **tables_for(device)._asdict(),
         tokenizer=Tokenizer.load(folder),
         images=images,
         name="signs" if path is None else folder.name,
@@ -119,9 +122,8 @@ def dummy(
     return Model(
         config=parsed,
         weights=made,
-        ops=ops_for(device),
         memory=_profile(parsed, images, made, before, mem_fraction_static),
-        decode_ops=decode_ops_for(device),
+        **tables_for(device)._asdict(),
         images=images,
         name=name,
     )

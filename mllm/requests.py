@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from attrs import evolve, frozen
+from PIL.Image import Image
 from torch import Tensor
 
 from mllm import images, prompts
-from mllm.batch import Chunk, PatchBatch, VisionTokens
+from mllm.batch import PatchBatch, upload_all
 from mllm.errors import ImageError, PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import Model
@@ -144,115 +145,56 @@ def largest_batch(model: Model, request: Request) -> int:
     return max(sum(r * c for r, c in request.layout.grids[part]) for part in image_batches(model, request))
 
 
-def patch_batch(model: Model, request: Request, part: slice = slice(None)) -> PatchBatch:
-    """The patches of some images of a request, on the model's device. Decodes the images; raises `ImageError`."""
+def patch_batch(
+    model: Model, request: Request, part: slice = slice(None), size: tuple[int, int] | None = None
+) -> PatchBatch:
+    """The patches of some images of a request, on the model's device, padded to `size` (patches, images).
+
+    Decodes and resizes the images; their bytes are cut into patches on the device. Raises `ImageError`.
+    """
     config, layout = model.images, request.layout
     if config is None:
         raise PromptError("a model that reads only text has no patches")
-    parts = [images.patches(image, config) for image in request.prompt.images[part]]
+    parts = [_pixels(image, config, model.device) for image in request.prompt.images[part]]
+    parts = [model.ops.cut(pixels, patch=config.patch, merge=config.merge) for pixels in parts]
     at = image_indices(layout.starts[part], layout.counts[part])
-    return join_patches(parts, layout.grids[part], at, config, device=model.device)
+    return join_patches(parts, layout.grids[part], at, config, device=model.device, size=size)
+
+
+def _pixels(image: Image, config: ImageConfig, device: torch.device) -> Tensor:
+    """The bytes of a picture at the size of its patches: uint8 [height width 3]."""
+    pixels = images.pixels(image, config)
+    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staged.numpy()[...] = pixels
+    return staged.to(device, non_blocking=True)
 
 
 def join_patches(
-    parts: Sequence[np.ndarray],
+    parts: Sequence[Tensor],
     grids: Sequence[tuple[int, int]],
     at: np.ndarray,
     config: ImageConfig,
     *,
     device: torch.device,
+    size: tuple[int, int] | None = None,
 ) -> PatchBatch:
     """Images that are cut already (uint8 [X_i U], of `grids` patches) as one batch; merged patch m goes to `at[m]`."""
-    coords = [images.coordinates(grid, config) for grid in grids]
     bounds = np.cumsum([0, *[len(part) for part in parts]], dtype=np.int32)
+    patches, count = size or (int(bounds[-1]), len(parts))
+    free = patches - int(bounds[-1])
+    coords = np.concatenate([images.coordinates(grid, config) for grid in grids], axis=1)
+    host = (
+        np.pad(coords, ((0, 0), (0, free))),
+        np.append(bounds, np.repeat(bounds[-1:], count - len(parts))),
+        np.pad(at, (0, free // config.merge**2), constant_values=-1),
+    )
+    coords_there, indptr, where = upload_all([torch.from_numpy(array) for array in host], device)
+    padding = [parts[0].new_zeros(free, parts[0].shape[1])] if free else []
     return PatchBatch(
-        patches=torch.from_numpy(np.concatenate(parts)).to(device),
-        coords=torch.from_numpy(np.concatenate(coords, axis=1)).to(device),
-        indptr=torch.from_numpy(bounds).to(device),
-        at=torch.from_numpy(at).to(device),
+        patches=torch.cat([*parts, *padding]),
+        coords=coords_there,
+        indptr=indptr,
+        at=where,
         mean=config.mean,
         std=config.std,
     )
-
-
-@frozen(eq=False, kw_only=True)
-class Segment:
-    """Tokens [start, stop) of a request, to run in row `row`."""
-
-    request: Request
-    row: int
-    start: int
-    stop: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the prompt ends with this segment, so that its last logits choose the first new token."""
-        return self.stop == self.request.length
-
-    def chunk(self) -> Chunk:
-        return chunk(self.request.layout, self.row, self.start, self.stop)
-
-
-def chunk(layout: Expanded, row: int, start: int = 0, stop: int | None = None) -> Chunk:
-    """Tokens [start, stop) of a prompt, to run in row `row`."""
-    return Chunk(
-        row=row,
-        tokens=torch.from_numpy(layout.tokens[start:stop]),
-        positions=torch.from_numpy(layout.positions[:, start:stop]),
-    )
-
-
-def cut(requests: Sequence[tuple[Request, int]], *, limit: int) -> Iterator[list[Segment]]:
-    """Cut prompts of (request, row) into batches of at most `limit` tokens, in order; a long one takes several."""
-    batch: list[Segment] = []
-    room = limit
-    for request, row in requests:
-        start = 0
-        while start < request.length:
-            stop = min(start + room, request.length)
-            batch.append(Segment(request=request, row=row, start=start, stop=stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield batch
-                batch, room = [], limit
-    if batch:
-        yield batch
-
-
-def without(batches: Iterable[list[Segment]], rows: Container[int]) -> Iterator[list[Segment]]:
-    """Batches of segments without those of some rows."""
-    left = ([segment for segment in batch if segment.row not in rows] for batch in batches)
-    return filter(None, left)
-
-
-def join(parts: Sequence[VisionTokens]) -> VisionTokens:
-    """The features of images that were encoded in several batches, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return VisionTokens(
-        embed=torch.cat([p.embed for p in parts]),
-        deep=torch.cat([p.deep for p in parts], dim=1),
-        at=torch.cat([p.at for p in parts]),
-    )
-
-
-def crop(features: dict[int, VisionTokens], segments: Sequence[Segment]) -> VisionTokens | None:
-    """The image tokens that fall into a batch of segments; `features` holds those of each request, by its index."""
-    embed: list[Tensor] = []
-    deep: list[Tensor] = []
-    at: list[np.ndarray] = []
-    offset = 0
-    for segment in segments:
-        index = image_indices(segment.request.layout.starts, segment.request.layout.counts)
-        first, last = np.searchsorted(index, (segment.start, segment.stop))
-        if first < last:
-            mine = features[segment.request.index]
-            embed.append(mine.embed[first:last])
-            deep.append(mine.deep[:, first:last])
-            at.append(index[first:last] - segment.start + offset)
-        offset += segment.stop - segment.start
-    if not embed:
-        return None
-    where = torch.from_numpy(np.concatenate(at)).to(embed[0].device)
-    return VisionTokens(embed=torch.cat(embed), deep=torch.cat(deep, dim=1), at=where)

@@ -31,6 +31,7 @@ def capture(
     donate: Sequence[str] = (),
     carry: Sequence[str] = (),
     limit: int = 32,
+    evict: bool = False,
     recorder: Recorder | None = None,
 ) -> Callable[..., Tree]:
     """Record `fn` once per signature (structure, shapes, dtypes, devices, plain values) and replay it after that.
@@ -45,6 +46,10 @@ def capture(
     again, since nothing may have changed it. New results are copied out, so what a call returned is not touched
     by the next one.
 
+    A signature beyond `limit` is refused, or with `evict` takes the place of the recording that was used the longest
+    ago. Recordings of one function share the memory of their intermediate results; several functions do, too, when
+    they are given one `recorder` (`cuda_recorder`).
+
     Raises `CaptureError`, before it takes anything: for a donated argument that lies elsewhere than at the
     recording, for a signature beyond `limit`, and when `fn` does not hand back what it takes.
     """
@@ -53,19 +58,25 @@ def capture(
     if unknown := sorted({*donate, *carry} - parameters.parameters.keys()):
         raise CaptureError(f"{name} has no argument {unknown}; it has {list(parameters.parameters)}")
     recordings: dict[Any, _Recording] = {}
+    recorders = [recorder] if recorder is not None else []
 
     def captured(*args: Any, **kwargs: Any) -> Tree:
         bound = parameters.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         key = tuple((argument, signature(value)) for argument, value in given.items())
-        recording = recordings.get(key)
+        recording = recordings.pop(key, None)
         if recording is not None:
+            recordings[key] = recording  # the dict's order is that of their last use
             return recording.call(given)
         if len(recordings) >= limit:
-            raise CaptureError(_beyond_limit(name, limit, key, list(recordings)))
+            if not evict:
+                raise CaptureError(_beyond_limit(name, limit, key, list(recordings)))
+            recordings.pop(next(iter(recordings)))
+        if not recorders:  # one for all recordings, so that they share memory; which kind, the first call shows
+            recorders.append(_recorder_for(given))
         recording = _Recording(name, tuple(donate), tuple(carry))
-        out = recording.record(fn, given, recorder or _recorder_for(given))
+        out = recording.record(fn, given, recorders[0])
         recordings[key] = recording
         return out
 
@@ -153,24 +164,36 @@ def eager_recorder(run: Run) -> tuple[Tree, Run]:
     return run(), run
 
 
-def cuda_recorder(run: Run) -> tuple[Tree, Run]:
-    """Run once on a side stream (kernels compile, workspaces are allocated), then record."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        first = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
+def cuda_recorder() -> Recorder:
+    """For NVIDIA GPUs: CUDA graphs, whose intermediate results share one pool of memory.
 
-    def replay() -> Tree:
-        graph.replay()
-        return out
+    They may, because one graph at a time runs on a stream, and `capture` copies results out before the next one.
+    """
+    memory = torch.cuda.graph_pool_handle()
 
-    return first, replay
+    def record(run: Run) -> tuple[Tree, Run]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            first = run()  # kernels compile, workspaces are allocated
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
+            out = run()
+
+        def replay() -> Tree:
+            graph.replay()
+            return out
+
+        return first, replay
+
+    return record
+
+
+def recorder_for(device: torch.device) -> Recorder:
+    return cuda_recorder() if device.type == "cuda" else eager_recorder
 
 
 def _recorder_for(given: dict[str, Any]) -> Recorder:
     devices = {t.device.type for t in leaves(tuple(given.values()))}
-    return cuda_recorder if "cuda" in devices else eager_recorder
+    return cuda_recorder() if "cuda" in devices else eager_recorder

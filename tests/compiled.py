@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mllm import families
-from mllm.batch import ForwardBatch
-from mllm.kernels import cuda, step
+from mllm.batch import ForwardBatch, PatchBatch
+from mllm.kernels import cuda, cuda_vision, patches
+from mllm.kernels.ops import Ops
+from mllm.kernels.reference import REFERENCE
+from mllm.sampling import Sampling, sampling_batch
+from mllm.weights import build
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -37,32 +42,75 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def calls(model: str, rows: int, *, pdl: bool) -> None:
+def decode(model: str, rows: int, *, wide: bool) -> None:
     """Every op of the decode table once, at the shapes of a public model."""
+    ops = cuda.decode_ops(rows, pdl=wide)
+    batch = forward(model, ops, rows, rows)
+    ops.advance_(batch, empty(rows, dtype=torch.int32), page_size=64)
+
+
+def prompt(model: str, tokens: int, *, wide: bool) -> None:
+    """Every op of the prompt table once."""
+    ops = cuda.prompt_ops(tokens, wide=wide)
+    forward(model, ops, tokens, 4)
+    x, at = empty(tokens, 2048), empty(16, dtype=torch.int64)
+    ops.put_(x, at, empty(16, 2048))
+    ops.add_(x, at, empty(16, 2048))
+
+
+def forward(model: str, ops: Ops, tokens: int, rows: int) -> ForwardBatch:
     config = families.preset(model).text
     size = config.sizes
-    ops = cuda.decode_ops(rows, pdl=pdl)
     batch = ForwardBatch(
-        tokens=empty(rows, dtype=torch.int32), positions=empty(3, rows, dtype=torch.int32),
-        slots=empty(rows, dtype=torch.int64), pages=empty(rows, 64, dtype=torch.int32),
+        tokens=empty(tokens, dtype=torch.int32), positions=empty(3, tokens, dtype=torch.int32),
+        slots=empty(tokens, dtype=torch.int64), pages=empty(rows, 64, dtype=torch.int32),
         lengths=empty(rows, dtype=torch.int32), q_indptr=empty(rows + 1, dtype=torch.int32),
         last=empty(rows, dtype=torch.int64),
     )  # fmt: skip
+    sampling = sampling_batch([Sampling()] * rows, size=rows, device="meta")
     plan = ops.plan(batch, config=config, page_size=64, dtype=torch.bfloat16)
     x = ops.embed(batch.tokens, empty(size["V"], size["E"]))
-    qkv = ops.norm_linear(x, empty(size["E"]), empty(size["C"], size["E"]), eps=1e-6)
+    x, qkv = ops.norm_linear(x, empty(size["E"]), empty(size["C"], size["E"]), eps=1e-6)
     pool = empty(100, 64, size["K"], size["D"])
     y = ops.attend_(qkv, empty(size["D"]), empty(size["D"]), plan, pool, pool, eps=1e-6)
-    x = ops.linear_add(y, empty(size["E"], size["A"]), x)
-    gate = ops.norm_gate(x, empty(size["E"]), empty(size["G"], size["E"]), eps=1e-6)
+    x = ops.linear_add(y, empty(size["E"], size["A"]), x, empty(size["G"], size["E"]))
+    x, gate = ops.norm_gate(x, empty(size["E"]), empty(size["G"], size["E"]), eps=1e-6)
     x = ops.linear_add(gate, empty(size["E"], size["F"]), x)
-    logits = ops.head(x, empty(size["E"]), empty(size["V"], size["E"]), eps=1e-6)
-    tokens = step.argmax(logits, pdl=pdl)
-    ops.advance_(batch, tokens, page_size=64)
+    logits = ops.head(x, batch.last, empty(size["E"]), empty(size["V"], size["E"]), eps=1e-6)
+    ops.sample(logits, sampling, batch.lengths)
+    return batch
 
 
-def launches(model: str, rows: int, *, pdl: bool) -> list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]]:
-    """What `calls` launches, recorded instead of run."""
+def vision(model: str, count: int, *, wide: bool) -> None:
+    """Every op of the captured table of the encoder once."""
+    config = families.preset(model)
+    size = config.sizes
+    ops = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide)
+    weights = build(config, lambda path, shape: empty(*shape)).vision
+    pixels = patches.cut(empty(16 * 32, 16 * count // 32, 3, dtype=torch.uint8), patch=16, merge=2)
+    batch = PatchBatch(
+        patches=pixels, coords=empty(4, count, dtype=torch.int32), indptr=empty(3, dtype=torch.int32),
+        at=empty(count // 4, dtype=torch.int64), mean=(0.5,) * 3, std=(0.5,) * 3,
+    )  # fmt: skip
+    plan = ops.vision_plan(batch, config=config.vision)
+    x, w = ops.patch_embed(batch, weights, config=config.vision), weights.blocks[0]
+    x, qkv = ops.layer_norm_linear(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias)
+    x = ops.linear_bias_add(ops.attend_images(qkv, plan), w.out, w.out_bias, x)
+    x, g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
+    x = ops.linear_bias_add(g, w.down, w.down_bias, x)
+    for merger in (weights.merger, weights.taps[0]):
+        assert ops.merge(x, merger).shape == (count // 4, size["E"])
+
+
+CALLS: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {  # and the rows, tokens or patches to try
+    "decode": (decode, (1, 8, 64, 128)),
+    "prompt": (prompt, (64, 256, 2048)),
+    "vision": (vision, (256, 4096)),
+}
+
+
+def launches(call: Callable[[], None]) -> list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]]:
+    """What a call launches, recorded instead of run."""
     recorded: list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = []
     run = JITFunction.run
 
@@ -71,13 +119,13 @@ def launches(model: str, rows: int, *, pdl: bool) -> list[tuple[JITFunction[Any]
 
     JITFunction.run = record  # type: ignore[method-assign]
     try:
-        calls(model, rows, pdl=pdl)
+        call()
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
     return recorded
 
 
-def build(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> Any:
+def compile_for(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> Any:
     """Compile one recorded launch, specialised as a real launch would be."""
     options = {k: v for k, v in kwargs.items() if k in OPTIONS}
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in OPTIONS}
@@ -113,12 +161,14 @@ def usage(compiled: Any) -> dict[str, int]:
 def records(capability: int) -> Iterator[dict[str, Any]]:
     seen = set()
     for model in ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"):
-        for rows in (1, 8, 64):
-            for kernel, args, kwargs in launches(model, rows, pdl=capability >= 90):
-                compiled = build(kernel, args, kwargs, capability)
-                if compiled.hash not in seen:
-                    seen.add(compiled.hash)
-                    yield {"kernel": kernel.__name__, "model": model, "rows": rows, **usage(compiled)}
+        for stage, (call, counts) in CALLS.items():
+            for count in counts:
+                for kernel, args, kwargs in launches(partial(call, model, count, wide=capability >= 90)):
+                    compiled = compile_for(kernel, args, kwargs, capability)
+                    if compiled.hash not in seen:
+                        seen.add(compiled.hash)
+                        used = usage(compiled)
+                        yield {"kernel": kernel.__name__, "model": model, "stage": f"{stage} {count}", **used}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import mllm
 from mllm import requests, stages
 from mllm.batch import ForwardBatch, VisionTokens, decode_batch, pack
 from mllm.cache import KVPool
-from mllm.requests import Request, Segment
+from mllm.requests import Request
 from mllm.sampling import Sampling
+from mllm.segments import Segment, crop
 from mllm.table import RequestTable
 
 
@@ -36,7 +37,7 @@ class Running:
             Segment(request=self.requests[i], row=self.rows[i], start=start, stop=stop) for i, start, stop in parts
         ]
         batch = pack(self.table, [s.chunk() for s in segments], device=self.model.device, every=True)
-        vision = requests.crop(self.features, segments)
+        vision = crop(self.features, segments)
         config, ops = self.model.config, self.model.ops
         self.pool, logits = stages.prefill(self.model.weights, self.pool, batch, vision, config=config, ops=ops)
         counts = [stop - start for _, start, stop in parts]

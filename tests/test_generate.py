@@ -21,7 +21,7 @@ from tokenizer_files import write_tokenizer
 import mllm
 from mllm import families, stages, weights
 from mllm.errors import CheckpointError, ConfigError, ImageError, PromptError
-from mllm.kernels.tables import ops_for
+from mllm.kernels.tables import tables_for
 from mllm.sampling import Sampling
 from mllm.state import leaves, map_leaves
 from mllm.table import RequestTable
@@ -394,7 +394,7 @@ def test_a_dummy_or_device_or_dtype_that_is_not_there_is_refused(vision_model: T
 
 def test_the_model_says_what_it_is(vision_model: Tiny) -> None:
     assert "torch.float32 on cpu" in repr(vision_model.ours)
-    assert ops_for("cpu") is vision_model.ours.ops
+    assert tables_for("cpu").ops is vision_model.ours.ops
 
 
 def test_importing_mllm_imports_neither_transformers_nor_triton() -> None:

@@ -322,7 +322,7 @@ def test_fewer_rows_run_together_where_memory_is_short_and_the_tokens_are_the_sa
     assert need == sorted(need)
     for rows, free in ((4, need[3]), (3, need[3] - 1), (1, need[1] - 1), (1, need[0])):
         monkeypatch.setattr(budget, "available", lambda device, free=free: free)
-        _, table = memory.allocate(model, made, rows=4, profile=model.memory)
+        table = memory.allocate(model, made, rows=4, profile=model.memory)
         assert len(table.live) == rows
         assert [out.tokens for out in mllm.generate(model, prompts, max_new_tokens=6)] == want
 

@@ -86,7 +86,7 @@ SIGNATURES = {
     "score": "model, prompts",
     "Completion": "*, text, tokens, finish_reason, prompt_tokens, error",
     "Piece": "*, index, token, text, finish_reason, error",
-    "capture": "fn, *, donate, carry, limit, recorder",
+    "capture": "fn, *, donate, carry, limit, evict, recorder",
     "stages.admit": "table, tokens",
     "stages.vit": "weights, patches, *, config, ops",
     "stages.prefill": "weights, pool, batch, vision, *, config, ops",

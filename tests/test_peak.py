@@ -88,7 +88,7 @@ def test_a_decode_step_takes_what_was_predicted(model: mllm.Model, rows: int, co
 @pytest.mark.parametrize("grids", [[(32, 32)], [(48, 16), (4, 4)], [(8, 8)] * 9])
 def test_the_encoder_takes_what_was_predicted(model: mllm.Model, grids: list[tuple[int, int]]) -> None:
     patches = sum(rows * cols for rows, cols in grids)
-    parts = [np.zeros((rows * cols, 768), np.uint8) for rows, cols in grids]
+    parts = [torch.zeros(rows * cols, 768, dtype=torch.uint8) for rows, cols in grids]
     batch = requests.join_patches(parts, grids, np.arange(patches // 4), ImageConfig(), device=torch.device("cpu"))
     vision = model.weights.vision
     assert vision is not None
@@ -147,10 +147,9 @@ def test_a_full_pool_leaves_a_gpu_room_for_the_declared_limits(device: str, frac
     table, rows = stages.admit(table, [4096] * 64)
     chunk = Chunk(row=0, tokens=torch.ones(2048, dtype=torch.int32), positions=torch.zeros(3, 2048, dtype=torch.int32))
     side = int((made.image_pixels // 16**2) ** 0.5) // 2 * 2
-    patches = requests.join_patches(
-        [np.zeros((side * side, 768), np.uint8)], [(side, side)], np.arange(side * side // 4), ImageConfig(),
-        device=model.device,
-    )  # fmt: skip
+    blank = torch.zeros(side * side, 768, dtype=torch.uint8, device=model.device)
+    at = np.arange(side * side // 4)
+    patches = requests.join_patches([blank], [(side, side)], at, ImageConfig(), device=model.device)
     with torch.inference_mode():
         stages.vit(vision, patches, config=config.vision, ops=model.ops)
         pool, _ = stages.prefill(model.weights, pool, pack(table, [chunk], device=device), config=config, ops=model.ops)

@@ -9,6 +9,7 @@ import pytest
 from attrs import evolve
 
 from mllm.signs import pictures, scenes, tokens, words
+from mllm.signs.compose import shape_scene
 from mllm.signs.pictures import HELD_OUT, KINDS, example, examples, held_out, messages
 from mllm.signs.scenes import Scene, Shape, Sign, render
 
@@ -30,6 +31,20 @@ def test_further_examples_leave_the_first_one_as_it_is():
         first, *others = examples(kind, 3, more=2)
         assert fingerprint(first) == fingerprint(example(kind, 3))
         assert len(others) <= 2
+
+
+def test_what_is_alike_is_only_for_training():
+    """Its questions are of the other kinds, about shapes that share their colours; all of them are different."""
+    assert "alike" not in KINDS
+    for seed in range(20):
+        asked, *others = examples("alike", seed, more=4)
+        assert asked.kind == "place"
+        assert asked.answer == "nothing" or asked.answer.split()[1] in scenes.COLOURS
+        assert {item.kind for item in others} <= {"place", "where", "count"}
+        assert asked.question not in {item.question for item in others}
+        shapes = shape_scene(np.random.default_rng(seed), 4, 8, alike=True).shapes
+        assert len({shape.words for shape in shapes}) == len(shapes)
+        assert len({shape.colour for shape in shapes}) <= 4
 
 
 def test_another_process_draws_the_same():

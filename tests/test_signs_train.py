@@ -79,7 +79,7 @@ def test_training_batches_are_seeded():
 def test_script_trains_saves_and_goes_on(tmp_path):
     said = io.StringIO()
     args = argparse.Namespace(
-        out=tmp_path, start=None, steps=3, minutes=0, compile=False, batch=3, replay=2, keep=4, rate=1e-3, warmup=1,
+        out=tmp_path, start=None, steps=3, minutes=0, since=0, compile=False, batch=3, replay=2, keep=4, rate=1e-3, warmup=1,
         seed=1, workers=0, report=1, check=2, each=2, resume=False,
     )  # fmt: skip
     train.train(args, lambda line: print(line, file=said))

@@ -67,19 +67,18 @@ class DecodePlan(State):
 
 
 @triton.jit
-def _norm_rotate(base, mask, weight, cos, sin, eps, D: tl.constexpr, DP: tl.constexpr):
-    """Head vectors at `base` [n], normalised and rotated: f32 [n DP], zeros beyond D."""
-    HALF: tl.constexpr = D // 2
+def _vectors(base, mask, D: tl.constexpr, DP: tl.constexpr):
+    """Head vectors at `base` [n], f32 [n DP], zeros beyond D: (as they are, with their halves swapped)."""
     d = tl.arange(0, DP)
-    inside = d < D
-    other = tl.where(d < HALF, d + HALF, d - HALF)
-    mask = mask[:, None] & inside[None, :]
+    swapped = tl.where(d < D // 2, d + D // 2, d - D // 2)
+    mask = mask[:, None] & (d < D)[None, :]
     x = tl.load(base[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    pair = tl.load(base[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
-    w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-    w_pair = tl.load(weight + other, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + d % HALF)
-    s = tl.load(sin + d % HALF) * tl.where(d < HALF, -1.0, 1.0)
+    return x, tl.load(base[:, None] + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_rotate(x, pair, w, w_pair, c, s, eps, D: tl.constexpr):
+    """`_vectors` normalised and rotated; the sine's sign is in s."""
     factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     return factor[:, None] * (x * (w * c)[None, :] + pair * (w_pair * s)[None, :])
 
@@ -99,15 +98,15 @@ def _tile(keys, values, pages, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: 
 @triton.jit
 def _merge(partial, stats, head, live, out, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
            SPLITS: tl.constexpr):  # fmt: skip
-    """out [G D]: the splits of one head, weighted by their softmax sums."""
+    """out [G D]: the splits of one head, weighted by their softmax sums. Read from L2, where the others wrote them."""
     d = tl.arange(0, DP)
     s = tl.arange(0, SPLITS)
     mask = (s < live)[:, None] & (d < D)[None, :]
     for g in tl.static_range(G):
         at = (head * SPLITS + s) * G + g
-        top = tl.load(stats + at * 2, mask=s < live, other=-float("inf"), volatile=True)
-        total = tl.load(stats + at * 2 + 1, mask=s < live, other=0.0, volatile=True)
-        acc = tl.load(partial + at[:, None] * D + d[None, :], mask=mask, other=0.0, volatile=True)
+        top = tl.load(stats + at * 2, mask=s < live, other=-float("inf"), cache_modifier=".cg")
+        total = tl.load(stats + at * 2 + 1, mask=s < live, other=0.0, cache_modifier=".cg")
+        acc = tl.load(partial + at[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         weight = tl.exp2(top - tl.max(top, 0))
         merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
         tl.store(out + g * D + d, merged.to(out.dtype.element_ty), mask=d < D)
@@ -133,23 +132,30 @@ def attend_kernel(
     pages += b * N
     if STAGES == 1:
         kt, vt = _tile(keys, values, pages, begin, end, h, K, D, DP, S, TILE)
+    d = tl.arange(0, DP)
+    g = tl.arange(0, GP)
+    one = tl.arange(0, 1)
+    swapped = tl.where(d < D // 2, d + D // 2, d - D // 2)
+    wq = tl.load(q_norm + d, mask=d < D, other=0.0).to(tl.float32)
+    wq_pair = tl.load(q_norm + swapped, mask=d < D, other=0.0).to(tl.float32)
+    wk = tl.load(k_norm + d, mask=d < D, other=0.0).to(tl.float32)
+    wk_pair = tl.load(k_norm + swapped, mask=d < D, other=0.0).to(tl.float32)
     wait(PDL)
     if split >= live:
         return
-    d = tl.arange(0, DP)
-    g = tl.arange(0, GP)
+    # everything that the kernels before wrote is asked for at once: a trip to L2 takes as long as the arithmetic
     row = qkv + b * (H + 2 * K) * D
-    cos += b * (D // 2)
-    sin += b * (D // 2)
-    q = _norm_rotate(row + (h * G + g) * D, g < G, q_norm, cos, sin, eps, D, DP)
-    q = (q * scale).to(keys.dtype.element_ty)
+    qx, q_pair = _vectors(row + (h * G + g) * D, g < G, D, DP)
+    kx, k_pair = _vectors(row + (H + h + one) * D, one < 1, D, DP)
+    v = tl.load(row + (H + K + h) * D + d, mask=d < D, other=0.0)
+    c = tl.load(cos + b * (D // 2) + d % (D // 2))
+    s = tl.load(sin + b * (D // 2) + d % (D // 2)) * tl.where(d < D // 2, -1.0, 1.0)
+    q = (_norm_rotate(qx, q_pair, wq, wq_pair, c, s, eps, D) * scale).to(keys.dtype.element_ty)
     top = tl.full([GP], -float("inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     if split == 0:
-        one = tl.arange(0, 1)
-        k = _norm_rotate(row + (H + h + one) * D, one < 1, k_norm, cos, sin, eps, D, DP).to(keys.dtype.element_ty)
-        v = tl.load(row + (H + K + h) * D + d, mask=d < D, other=0.0)
+        k = _norm_rotate(kx, k_pair, wk, wk_pair, c, s, eps, D).to(keys.dtype.element_ty)
         slot = (tl.load(slots + b) * K + h) * D
         tl.store(keys + slot + d[None, :], k, mask=(d < D)[None, :])
         tl.store(values + slot + d, v, mask=d < D)

@@ -39,17 +39,17 @@ def _constant(value: float) -> Tensor:
     return torch.full((1, 1, 1), value)
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return F.linear(norm(x, eps=eps).mul_(norm_weight).to(weight.dtype), weight)
+def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    return x, F.linear(norm(x, eps=eps).mul_(norm_weight).to(weight.dtype), weight)
 
 
-def norm_gate(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    gate, up = norm_linear(x, norm_weight, weight, eps=eps).chunk(2, -1)
-    return F.silu(gate).mul_(up)
+def norm_gate(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    gate, up = norm_linear(x, norm_weight, weight, eps=eps)[1].chunk(2, -1)
+    return x, F.silu(gate).mul_(up)
 
 
-def head(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return norm_linear(x, norm_weight, weight, eps=eps).float()
+def head(x: Tensor, last: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    return norm_linear(x.index_select(0, last), norm_weight, weight, eps=eps)[1].float()
 
 
 def attend_(

@@ -1,4 +1,9 @@
-"""The op tables of NVIDIA GPUs for decode: Triton kernels around cuBLAS, and instead of it where there is one row."""
+"""The op tables of NVIDIA GPUs: decode steps by their number of rows, and prompts.
+
+One row: products by hand, which read their weights before the kernel ahead of them is done. A few rows: tensor cores
+with the weight as the tall side. Many, as in prompts: cuBLAS between fused elementwise kernels. Every bound is read on
+the device, so each of the tables can be recorded as a graph.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,21 @@ from functools import lru_cache, partial
 import attrs
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
-from mllm.kernels import attend, linear, reference, rotary, step
+from mllm.kernels import attend, elementwise, flash, linear, long_prompts, reference, rope, rotary, skinny, step
 from mllm.kernels.attend import DecodePlan
+from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
+from mllm.state import State, state, tensor
+
+SKINNY_ROWS = 128
+"""Rows up to which the products of `skinny` beat cuBLAS on an H200; the record is in `docs/performance.md`."""
+FLASH_TOKENS = 2048
+"""Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same."""
 
 
 def decode_ops(rows: int, *, pdl: bool) -> Ops:
@@ -21,30 +34,98 @@ def decode_ops(rows: int, *, pdl: bool) -> Ops:
     ops = attrs.evolve(
         REFERENCE,
         embed=partial(step.embed, pdl=pdl),
-        plan=partial(_plan, pdl=pdl),
+        plan=partial(_decode_plan, pdl=pdl),
         attend_=partial(attend.attend_, pdl=pdl),
         sample=partial(_sample, pdl=pdl),
         advance_=partial(step.advance_, pdl=pdl),
     )
-    if rows > 1:  # cuBLAS reads weights for several rows faster than anything here does
-        return ops
+    if rows == 1:
+        return attrs.evolve(
+            ops,
+            norm_linear=partial(linear.norm_linear, pdl=pdl),
+            linear_add=partial(linear.linear_add, pdl=pdl),
+            norm_gate=partial(linear.norm_gate, pdl=pdl),
+            head=partial(linear.head, pdl=pdl),
+        )
+    return attrs.evolve(ops, **(_few_rows(pdl) if rows <= SKINNY_ROWS else MANY_ROWS))
+
+
+def prompt_ops(tokens: int, *, wide: bool, fa3: bool = False) -> Ops:
+    """The table for prompts of `tokens` tokens in all; `wide`: capability 9.0 and up, with its larger tiles.
+
+    `fa3`: more than `FLASH_TOKENS` at once go to FlashInfer, and then their bounds are read on the host.
+    """
     return attrs.evolve(
-        ops,
-        norm_linear=partial(linear.norm_linear, pdl=pdl),
-        linear_add=partial(linear.linear_add, pdl=pdl),
-        norm_gate=partial(linear.norm_gate, pdl=pdl),
-        head=partial(linear.head, pdl=pdl),
+        REFERENCE,
+        plan=partial(_prompt_plan, fa3=fa3),
+        attend_=partial(_attend_prompts, wide=wide),
+        put_=elementwise.put_,
+        add_=elementwise.add_,
+        sample=partial(_sample, pdl=False),
+        **(_few_rows(pdl=False) if tokens <= SKINNY_ROWS else MANY_ROWS),
     )
 
 
-def _plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, pdl: bool) -> DecodePlan:
+def _few_rows(pdl: bool) -> dict[str, object]:
+    """Products of 2 to `SKINNY_ROWS` rows; those that end in the residual stream stay in parts."""
+
+    def norm_linear(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
+        x, y = add_norm(x, norm, eps=eps, pdl=pdl)
+        return x, skinny.linear(y, weight, pdl=pdl)
+
+    def norm_gate(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
+        x, y = add_norm(x, norm, eps=eps, pdl=pdl)
+        return x, skinny.linear(y, weight, gate=True, pdl=pdl)
+
+    def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Stream:
+        return Pending(x, skinny.linear(y, weight, parts=True, pdl=pdl))
+
+    def head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        y = add_norm(_rows(x, last), norm, eps=eps, pdl=pdl)[1]
+        return skinny.linear(y, weight, pdl=pdl, dtype=torch.float32)
+
+    return {"norm_linear": norm_linear, "norm_gate": norm_gate, "linear_add": linear_add, "head": head}
+
+
+def _norm_linear(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
+    x, y = add_norm(x, norm, eps=eps)
+    return x, F.linear(y, weight)
+
+
+def _norm_gate(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
+    x, y = add_norm(x, norm, eps=eps)
+    return x, elementwise.gate(F.linear(y, weight))
+
+
+def _linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Stream:
+    return Pending(x, F.linear(y, weight).unsqueeze(0))
+
+
+def _head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    y = add_norm(_rows(x, last), norm, eps=eps)[1]
+    if len(y) <= SKINNY_ROWS:
+        return skinny.linear(y, weight, pdl=False, dtype=torch.float32)
+    return F.linear(y, weight).float()
+
+
+MANY_ROWS = {"norm_linear": _norm_linear, "norm_gate": _norm_gate, "linear_add": _linear_add, "head": _head}
+
+
+def _rows(x: Stream, last: Tensor) -> Stream:
+    """The rows `last` of the stream; all of it where there are as many, which in decode are the same."""
+    if len(last) == len(x.x if isinstance(x, Pending) else x):
+        return x
+    return x.at(last) if isinstance(x, Pending) else x.index_select(0, last)
+
+
+def _decode_plan(
+    batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, pdl: bool
+) -> DecodePlan:
     rows, device = len(batch.lengths), batch.tokens.device
     kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     split = attend.split_for(rows, kv_heads, batch.pages.shape[1] * page_size)
     arrived = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)  # ahead of the chain: a memset breaks it
-    cos, sin = step.rotary(
-        batch.positions, _frequencies(config.head_dim, config.rope_theta, device), config.mrope_section, pdl=pdl
-    )
+    cos, sin = _rotary(batch, config, pdl=pdl)
     return DecodePlan(
         cos=cos,
         sin=sin,
@@ -58,10 +139,56 @@ def _plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: tor
     )
 
 
+@state
+class PromptPlan(State):
+    """Computed once per forward pass: rotary tables f32 [T D/2] and the bounds of the batch. `attend` is None where
+    `flash` serves."""
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor = tensor("T")
+    pages: Tensor = tensor("B N")
+    lengths: Tensor = tensor("B")
+    indptr: Tensor = tensor("B+1")
+    attend: long_prompts.Attend | None
+
+
+def _prompt_plan(
+    batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, fa3: bool
+) -> PromptPlan:
+    cos, sin = _rotary(batch, config, pdl=False)
+    attend = None
+    if fa3 and len(batch.tokens) > FLASH_TOKENS and dtype != torch.float32:
+        attend = long_prompts.plan(batch, config=config, page_size=page_size, dtype=dtype)
+    return PromptPlan(
+        cos=cos, sin=sin, slots=batch.slots, pages=batch.pages, lengths=batch.lengths, indptr=batch.q_indptr,
+        attend=attend,
+    )  # fmt: skip
+
+
+def _attend_prompts(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: PromptPlan, keys: Tensor, values: Tensor, *, eps: float,
+    wide: bool,
+) -> Tensor:  # fmt: skip
+    size = keys.shape[3]
+    q = rope.rotate_write(
+        qkv, q_norm, k_norm, plan.cos, plan.sin, plan.slots, keys, values, scale=size**-0.5 * flash.LOG2E, eps=eps
+    )
+    if plan.attend is not None:
+        return plan.attend(q, keys, values)
+    tile = flash.tile_for(len(q), size, wide=wide)
+    return flash.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=tile)
+
+
+def _rotary(batch: ForwardBatch, config: TextConfig, *, pdl: bool) -> tuple[Tensor, Tensor]:
+    frequencies = _frequencies(config.head_dim // 2, config.rope_theta, batch.positions.device)
+    return step.rotary(batch.positions, frequencies, config.mrope_section, pdl=pdl)
+
+
 @lru_cache(maxsize=16)
-def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+def _frequencies(count: int, theta: float, device: torch.device) -> Tensor:
     """A constant of the model, made once: six small kernels that a step need not repeat."""
-    return rotary.frequencies(head_dim // 2, theta, device)
+    return rotary.frequencies(count, theta, device)
 
 
 def _sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor, *, pdl: bool) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.errors import ShapeError
-from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.pdl import fetch, launch_dependents, options, wait
 
 
 @triton.jit
@@ -27,9 +27,14 @@ def _weights(w, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(x, norm, w, residual, y, N, eps, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y [N] from x [K] and w [N K]. GATE: w [2N K] holds gate over up, and y is silu(gate) * up."""
+def linear_kernel(x, norm, w, residual, ahead, y, N, eps, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr, WAVE: tl.constexpr,
+                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y [N] from x [K] and w [N K]. GATE: w [2N K] holds gate over up, and y is silu(gate) * up.
+
+    WAVE: of so many programs, each fetches the weights of the one that comes so many later. AHEAD: each fetches so many
+    bytes of `ahead`, which is read next.
+    """
     EVEN: tl.constexpr = K % BK == 0
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -39,7 +44,17 @@ def linear_kernel(x, norm, w, residual, y, N, eps, K: tl.constexpr, BN: tl.const
         tile_up = _weights(w + N * K, n, k, N, K, EVEN)
     if NORM:
         scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+    if PDL and WAVE > 0:
+        later = (tl.program_id(0) + WAVE) * BN
+        if (tl.program_id(0) < WAVE) & (later + BN <= N):
+            fetch(w + later.to(tl.int64) * K, BN * K * 2)
+            if GATE:
+                fetch(w + (later + N).to(tl.int64) * K, BN * K * 2)
+    if PDL and AHEAD > 0:
+        fetch(ahead + tl.program_id(0).to(tl.int64) * (AHEAD // 2), AHEAD)
     wait(PDL)
+    if ADD:
+        add = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
     square = tl.zeros([BK], tl.float32)
     acc = tl.zeros([BN, BK], tl.float32)
     acc_up = tl.zeros([BN, BK], tl.float32)
@@ -65,8 +80,50 @@ def linear_kernel(x, norm, w, residual, y, N, eps, K: tl.constexpr, BN: tl.const
     if GATE:
         out = out * tl.sigmoid(out) * tl.sum(acc_up, 1) * factor
     if ADD:
-        out += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+        out += add
     tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def norm_linear_kernel(x, norm, w, y, N, eps, K: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr,
+                       TURNS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """As `linear_kernel` with NORM, for a K that is a power of two: a program keeps the normalised x and goes over
+    every num_programs-th tile of outputs, with the next tile's weights on their way while it sums up this one's."""
+    first = tl.program_id(0) * BN
+    step = tl.num_programs(0) * BN
+    k = tl.arange(0, K)
+    r = tl.arange(0, BN)
+    launch_dependents(PDL)
+    tile = _weights(w, first + r, k, N, K, True)
+    if GATE:
+        tile_up = _weights(w + N * K, first + r, k, N, K, True)
+    scale = tl.load(norm + k).to(tl.float32)
+    if PDL:
+        for turn in tl.static_range(1, TURNS):
+            later = first + turn * step
+            if later + BN <= N:
+                fetch(w + later.to(tl.int64) * K, BN * K * 2)
+                if GATE:
+                    fetch(w + (later + N).to(tl.int64) * K, BN * K * 2)
+    wait(PDL)
+    value = tl.load(x + k).to(tl.float32)
+    value = value * scale * tl.rsqrt(tl.sum(value * value, 0) / K + eps)
+    for at in tl.range(first, N, step):
+        n = at + r
+        after = _weights(w, n + step, k, N, K, True)
+        out = tl.sum(tile.to(tl.float32) * value[None, :], 1)
+        if GATE:
+            after_up = _weights(w + N * K, n + step, k, N, K, True)
+            out = out * tl.sigmoid(out) * tl.sum(tile_up.to(tl.float32) * value[None, :], 1)
+            tile_up = after_up
+        tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+        tile = after
+
+
+WAVE = 396
+"""Programs of `linear_kernel` that an H200's 132 multiprocessors hold at once."""
+AHEAD = 24 * 2**20
+"""Bytes of the next weight that a product fetches while it waits: what the L2 cache holds beside this one's."""
 
 
 class Tile(NamedTuple):
@@ -82,35 +139,63 @@ def tile(inputs: int, *, gate: bool) -> Tile:
     return Tile(4, min(1024 if gate else 2048, triton.next_power_of_2(inputs)), 4)
 
 
+TURNS = 2
+
+
+class Loop(NamedTuple):
+    """How `norm_linear_kernel` goes over its outputs: outputs at a time, warps, programs at most."""
+
+    outputs: int
+    warps: int
+    programs: int
+
+
+def loop(inputs: int, *, gate: bool) -> Loop | None:
+    """None where `linear_kernel` serves: x has to fit the registers of a program, as a power of two."""
+    if inputs > 4096 or inputs != triton.next_power_of_2(inputs):
+        return None
+    return Loop(max(1, (4096 if gate else 8192) // inputs), 4, 396)
+
+
 def _launch(
     x: Tensor, norm: Tensor | None, w: Tensor, residual: Tensor | None, *, eps: float, gate: bool, pdl: bool,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if not w.is_contiguous():  # as a CPU may have it; read by rows it would give numbers, all wrong
         raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
     inputs = x.shape[1]
     outputs = len(w) // 2 if gate else len(w)
     y = x.new_empty(1, outputs, dtype=dtype or x.dtype)
+    if norm is not None and (over := loop(inputs, gate=gate)):
+        norm_linear_kernel[(min(over.programs, triton.cdiv(outputs, over.outputs)),)](
+            x, norm, w, y, outputs, eps, K=inputs, BN=over.outputs, GATE=gate, TURNS=TURNS, num_warps=over.warps,
+            **options(pdl),
+        )  # fmt: skip
+        return y
     size = tile(inputs, gate=gate)
-    linear_kernel[(triton.cdiv(outputs, size.outputs),)](
-        x, x if norm is None else norm, w, x if residual is None else residual, y, outputs, eps,
-        K=inputs, BN=size.outputs, BK=size.inputs, NORM=norm is not None, GATE=gate, ADD=residual is not None,
+    programs = triton.cdiv(outputs, size.outputs)
+    linear_kernel[(programs,)](
+        x, x if norm is None else norm, w, x if residual is None else residual, w if ahead is None else ahead, y,
+        outputs, eps, K=inputs, BN=size.outputs, BK=size.inputs, NORM=norm is not None, GATE=gate,
+        ADD=residual is not None, WAVE=WAVE if w.element_size() == 2 else 0,
+        AHEAD=0 if ahead is None else min(ahead.nbytes, AHEAD) // programs // 16 * 16,
         num_warps=size.warps, **options(pdl),
     )  # fmt: skip
     return y
 
 
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
-    return _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl)
+def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
+    return x, _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl)
 
 
-def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
-    return _launch(x, norm, weight, None, eps=eps, gate=True, pdl=pdl)
+def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
+    return x, _launch(x, norm, weight, None, eps=eps, gate=True, pdl=pdl)
 
 
-def linear_add(y: Tensor, weight: Tensor, x: Tensor, *, pdl: bool) -> Tensor:
-    return _launch(y, None, weight, x, eps=0.0, gate=False, pdl=pdl)
+def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None, *, pdl: bool) -> Tensor:
+    return _launch(y, None, weight, x, eps=0.0, gate=False, pdl=pdl, ahead=ahead)
 
 
-def head(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
+def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
+    """Of a step of one row, whose only position is the last."""
     return _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl, dtype=torch.float32)

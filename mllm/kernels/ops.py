@@ -2,7 +2,8 @@
 
 A table belongs to a device. Another table is `attrs.evolve(REFERENCE, norm_linear=...)`, which is also how a
 numeric difference is bisected. Only an op whose name ends in `_` writes to its arguments, and only to those named
-in its comment. Shapes are those of `mllm.state.LEGEND`; `x` is the residual stream [T E], in vision [X Ev].
+in its comment. Shapes are those of `mllm.state.LEGEND`; `x` is the residual stream [T E], in vision [X Ev]. A table
+may keep it in a form of its own, as long as all of its ops agree: the stages only hand it on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 NOT_FINITE = -1
 """The token that `sample` gives a row whose logits hold a NaN or an infinity."""
 
+Stream = Any  # the residual stream in a table's own form; the ops that read all of it hand it back, for the next to use
 Plan = Any  # what a table computes once per forward pass and uses in every layer; its own business
 
 
@@ -24,26 +26,29 @@ class Ops:
     """How each op runs on one kind of device. `kernels/reference.py` defines what each computes."""
 
     # decoder
-    embed: Callable[[Tensor, Tensor], Tensor]  # tokens [T], table [V E] -> [T E]
+    embed: Callable[[Tensor, Tensor], Stream]  # tokens [T], table [V E] -> [T E]
     plan: Callable[..., Plan]  # batch, config -> rotary tables and what attention needs
-    norm_linear: Callable[..., Tensor]  # x, norm [E], weight [C E], eps -> [T C]
+    norm_linear: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [C E], eps -> x, [T C]
     attend_: Callable[
         ..., Tensor
     ]  # qkv [T C], q_norm, k_norm, plan, keys, values [P S K D], eps -> [T A]; keys, values
-    linear_add: Callable[..., Tensor]  # y, weight, x -> x + y @ weight.T
-    norm_gate: Callable[..., Tensor]  # x, norm [E], weight [G E], eps -> silu(gate) * up [T F]
-    head: Callable[..., Tensor]  # x [Q E], norm, weight [V E], eps -> logits f32 [Q V]
-    # at the positions of image tokens
-    put_: Callable[..., Tensor]  # x, at [M], rows [M E] -> x; x
-    add_: Callable[..., Tensor]  # x, at [M], rows [M E] -> x; x
+    linear_add: Callable[..., Stream]  # y, weight, x, the weight that is read next -> x + y @ weight.T
+    norm_gate: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [G E], eps -> x, silu(gate) * up [T F]
+    head: Callable[..., Tensor]  # x, last [Q], norm, weight [V E], eps -> logits f32 [Q V] of the positions `last`
+    # at the positions of image tokens; a negative one pads the batch
+    put_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x
+    add_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x
     # after the decoder
     sample: Callable[..., Tensor]  # logits [B V], sampling, lengths [B] -> tokens i32 [B], -1 where not finite
     advance_: Callable[..., None]  # batch, tokens [B], page size; tokens, positions, slots, lengths of the batch
     # vision encoder
-    patch_embed: Callable[..., Tensor]  # batch, weights, config -> [X Ev]
+    cut: Callable[..., Tensor]  # pixels uint8 [height width 3], patch, merge -> patches uint8 [X U]
+    patch_embed: Callable[..., Stream]  # batch, weights, config -> [X Ev]
     vision_plan: Callable[..., Plan]  # batch, config -> rotary tables and image bounds
-    layer_norm_linear: Callable[..., Tensor]  # x, norm, norm_bias, weight, bias -> [X ...]
+    layer_norm_linear: Callable[..., tuple[Stream, Tensor]]  # x, norm, norm_bias, weight, bias -> x, [X ...]
     attend_images: Callable[..., Tensor]  # qkv [X Cv], plan -> [X Ev]
-    linear_bias_add: Callable[..., Tensor]  # y, weight, bias, x -> x + y @ weight.T + bias
-    layer_norm_gelu: Callable[..., Tensor]  # x, norm, norm_bias, weight, bias -> gelu_tanh(...) [X Fv]
+    linear_bias_add: Callable[..., Stream]  # y, weight, bias, x -> x + y @ weight.T + bias
+    layer_norm_gelu: Callable[
+        ..., tuple[Stream, Tensor]
+    ]  # x, norm, norm_bias, weight, bias -> x, gelu_tanh(...) [X Fv]
     merge: Callable[..., Tensor]  # x [X Ev], Merger or TapMerger -> [M E]

@@ -63,8 +63,8 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
     )
 
 
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return F.linear(F.rms_norm(x, norm.shape, norm, eps), weight)
+def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    return x, F.linear(F.rms_norm(x, norm.shape, norm, eps), weight)
 
 
 def attend_(
@@ -114,25 +114,28 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.squeeze(0).transpose(0, 1).reshape(count, -1)
 
 
-def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Tensor:
+    """`ahead` is a hint for who can make use of it: the next weight that will be read."""
     return torch.addmm(x, y, weight.T)
 
 
-def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    gate, up = norm_linear(x, norm, weight, eps=eps).chunk(2, -1)
-    return F.silu(gate).mul_(up)
+def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    gate, up = norm_linear(x, norm, weight, eps=eps)[1].chunk(2, -1)
+    return x, F.silu(gate).mul_(up)
 
 
-def head(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return norm_linear(x, norm, weight, eps=eps).float()
+def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    return norm_linear(x.index_select(0, last), norm, weight, eps=eps)[1].float()
 
 
 def put_(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    return x.index_copy_(0, at, rows.to(x.dtype))
+    live = at >= 0
+    return x.index_copy_(0, at[live], rows[live].to(x.dtype))
 
 
 def add_(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    return x.index_add_(0, at, rows.to(x.dtype))
+    live = at >= 0
+    return x.index_add_(0, at[live], rows[live].to(x.dtype))
 
 
 def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor) -> Tensor:
@@ -189,6 +192,7 @@ REFERENCE = Ops(
     add_=add_,
     sample=sample,
     advance_=advance_,
+    cut=vision.cut,
     patch_embed=vision.patch_embed,
     vision_plan=vision.vision_plan,
     layer_norm_linear=vision.layer_norm_linear,

@@ -28,6 +28,14 @@ class VisionPlan(State):
     heads: int
 
 
+def cut(pixels: Tensor, *, patch: int, merge: int) -> Tensor:
+    """A picture's bytes [height width 3], one row per patch: channel, then row, then column in the patch. Patches that
+    merge into one token are neighbours."""
+    height, width, channels = pixels.shape
+    tiles = pixels.view(height // patch // merge, merge, patch, width // patch // merge, merge, patch, channels)
+    return tiles.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels * patch**2)
+
+
 def patch_embed(batch: PatchBatch, weights: VisionWeights, *, config: VisionConfig) -> Tensor:
     """Bytes to features: normalise, project, add the learned position grid stretched over each image."""
     pixels = batch.patches.view(-1, config.in_channels, config.patch_size**2).float()
@@ -65,8 +73,10 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig) -> VisionPlan:
     )
 
 
-def layer_norm_linear(x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.layer_norm(x, norm.shape, norm, norm_bias, EPS), weight, bias)
+def layer_norm_linear(
+    x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x, F.linear(F.layer_norm(x, norm.shape, norm, norm_bias, EPS), weight, bias)
 
 
 def attend_images(qkv: Tensor, plan: VisionPlan) -> Tensor:
@@ -85,8 +95,8 @@ def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
     return F.linear(y, weight, bias).add_(x)
 
 
-def layer_norm_gelu(x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(layer_norm_linear(x, norm, norm_bias, weight, bias), approximate="tanh")
+def layer_norm_gelu(x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x, F.gelu(layer_norm_linear(x, norm, norm_bias, weight, bias)[1], approximate="tanh")
 
 
 def merge(x: Tensor, weights: Merger | TapMerger) -> Tensor:

@@ -1,9 +1,10 @@
-"""Which table of ops serves which device: looked up once, when a model is made."""
+"""Which tables of ops serve which device: looked up once, when a model is made."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
@@ -12,27 +13,42 @@ from mllm.kernels.cpu import CPU
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 
-TABLES = {"cpu": CPU, "cuda": REFERENCE}
 
+class Tables(NamedTuple):
+    """The op tables of a device.
 
-def ops_for(device: str | torch.device) -> Ops:
-    """The table of a device, for batches of any shape. Raises `MissingPackageError` for a device without kernels."""
-    if (kind := torch.device(device).type) not in TABLES:
-        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for {', '.join(TABLES)}")
-    return TABLES[kind]
-
-
-def decode_ops_for(device: str | torch.device) -> Callable[[int], Ops] | None:
-    """The tables of a device for decode steps, by their number of rows; None where its one table serves them too.
-
-    Raises `MissingPackageError` where the kernels need a package that is not there.
+    `ops` takes batches of any shape and may read their bounds on the host. `decode_ops` gives the table of a decode
+    step by its rows, `prompt_ops` that of a prompt batch by its tokens, `vision_ops` that of an image batch by its
+    patches; these read nothing on the host, so `capture` can record them. None: `ops` serves, as good as any.
     """
-    if torch.device(device).type != "cuda":
-        return None
+
+    ops: Ops
+    decode_ops: Callable[[int], Ops] | None = None
+    prompt_ops: Callable[[int], Ops] | None = None
+    vision_ops: Callable[[int], Ops] | None = None
+
+
+def tables_for(device: str | torch.device) -> Tables:
+    """The tables of a device. Raises `MissingPackageError` for one without kernels, or whose packages are not there."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return Tables(ops=CPU)
+    if kind != "cuda":
+        raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu, cuda")
+    return _cuda_tables(wide=torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+@lru_cache(maxsize=2)
+def _cuda_tables(*, wide: bool) -> Tables:
     try:
-        from mllm.kernels import cuda  # needs Triton, which machines without a GPU need not have
+        from mllm.kernels import cuda, cuda_vision  # need Triton, which machines without a GPU need not have
     except ImportError as error:
-        raise MissingPackageError(
-            f"decoding on {device} needs {error.name}: pip install 'mllm-runtime[cuda]'"
-        ) from None
-    return partial(cuda.decode_ops, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
+        raise MissingPackageError(f"CUDA devices need {error.name}: pip install 'mllm-runtime[cuda]'") from None
+    captured = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide)
+    general = cuda_vision.vision_ops(cuda.prompt_ops(2**31, wide=wide, fa3=wide), captured=False, wide=wide)
+    return Tables(
+        ops=general,
+        decode_ops=partial(cuda.decode_ops, pdl=wide),
+        prompt_ops=partial(cuda.prompt_ops, wide=wide),
+        vision_ops=lambda patches: captured,
+    )

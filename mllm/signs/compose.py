@@ -63,8 +63,11 @@ def _shape(rng: Rng, name: str, colour: str, cell: tuple[int, int], size: tuple[
     return Shape(name, colour, cell, size=part, angle=angle, shift=shift, tint=(red, green, blue))
 
 
-def shape_scene(rng: Rng, least: int, most: int, *, repeat: bool = False) -> Scene:
-    """A scene of `least` to `most` shapes, as far as there is room; all different unless `repeat`."""
+def shape_scene(rng: Rng, least: int, most: int, *, repeat: bool = False, alike: bool = False) -> Scene:
+    """A scene of `least` to `most` shapes, as far as there is room; all different unless `repeat`.
+
+    If they are to be `alike`, they have few colours and names, so that nearly every one shares either with another.
+    """
     size, ground = _size(rng), _ground(rng)
     rows, columns = grid(size)
     cells = [(row, column) for row in rows for column in columns]
@@ -73,7 +76,11 @@ def shape_scene(rng: Rng, least: int, most: int, *, repeat: bool = False) -> Sce
     if repeat:
         names = [pick(rng, names) for _ in range(int(rng.integers(1, 4)))]
         colours = [pick(rng, colours) for _ in range(int(rng.integers(1, 4)))]
-    kinds = [(name, colour) for name in names for colour in colours]
+    if alike:
+        names = list(rng.permutation(names)[: int(rng.integers(2, 6))])
+        colours = list(rng.permutation(colours)[: int(rng.integers(1, 5))])
+    kinds = [(str(name), str(colour)) for name in names for colour in colours]
+    count = count if repeat else min(count, len(kinds))
     picked = rng.choice(len(kinds), count, replace=repeat)
     where = rng.choice(len(cells), count, replace=False)
     shapes = [_shape(rng, *kinds[int(k)], cells[int(c)], size) for k, c in zip(picked, where, strict=True)]

@@ -22,8 +22,12 @@ from mllm.signs.pictures import KINDS, Example, examples, held_out
 
 PATCH, MERGE = 16, 2
 MIN_PIXELS, MAX_PIXELS = 64 * 64, 512 * 512
-# The share of each kind among the training pictures: text is by far the hardest
-SHARES = {"shapes": 0.06, "text": 0.45, "count": 0.16, "place": 0.14, "where": 0.03, "change": 0.14, "chat": 0.02}
+# The share of each kind among the training pictures: text is by far the hardest, then telling shapes of one colour apart
+SHARES = {
+    "shapes": 0.05, "text": 0.41, "count": 0.13, "place": 0.06, "where": 0.02, "change": 0.12, "chat": 0.02, "alike": 0.19
+}  # fmt: skip
+# Further questions about each picture: drawing one costs more than learning from it
+FURTHER = dict.fromkeys(SHARES, 2) | {"alike": 4}
 
 Batch = dict[str, torch.Tensor]
 
@@ -162,7 +166,8 @@ class Stream(IterableDataset[Batch]):
         kinds = rng.choice(len(SHARES), self.size, p=list(SHARES.values()))
         items = []
         for kind, seed in zip(kinds, self.seeds(self.seed, number, self.size), strict=True):
-            items += examples(list(SHARES)[kind], seed, more=2)
+            name = list(SHARES)[kind]
+            items += examples(name, seed, more=FURTHER[name])
         return pack(items)
 
 

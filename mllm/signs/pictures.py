@@ -10,7 +10,9 @@
 * `change`: two pictures; what changed from the first to the second
 * `chat`: text alone
 
-Training uses seeds below `HELD_OUT`; `held_out(kind, index)` uses those from there on.
+Training uses seeds below `HELD_OUT`; `held_out(kind, index)` uses those from there on. It also uses one kind of
+picture that is never a test: `alike`, whose shapes share colours and names, with questions of the kinds `place`,
+`where` and `count`. In the other pictures a colour alone mostly tells which shape is meant.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from mllm.signs.compose import Rng, changed, pick, shape_scene, sign_scenes, tex
 from mllm.signs.scenes import COLOURS, PLACES, SHAPES, Scene, Shape, grid, render
 
 KINDS = ("shapes", "text", "count", "place", "where", "change", "chat")
+TRAINED = (*KINDS, "alike")
 HELD_OUT = 1 << 40
 
 
@@ -52,10 +55,10 @@ def held_out(kind: str, index: int) -> Example:
 
 def examples(kind: str, seed: int, more: int = 0) -> list[Example]:
     """`example(kind, seed)`, and up to `more` further ones, of any kind, that share its pictures."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in TRAINED:
+        raise ValueError(f"kind: expected one of {', '.join(TRAINED)}, got {kind!r}")
     # The further questions have a generator of their own, so that the first example never depends on `more`
-    key = [KINDS.index(kind), seed]
+    key = [TRAINED.index(kind), seed]
     return _MAKERS[kind](np.random.default_rng([*key, 0]), np.random.default_rng([*key, 1]), more)
 
 
@@ -195,6 +198,21 @@ def _scene_maker(kind: str, least: int, most: int, repeat: float = 0.0) -> Maker
     return make
 
 
+def _alike_maker(rng: Rng, extra: Rng, more: int) -> list[Example]:
+    """Pictures in which neither colour nor name alone says which shape is meant; no question twice."""
+    asked = None
+    while asked is None:
+        scene = shape_scene(rng, 4, 8, alike=True)
+        asked = _ask_place(rng, scene)
+    images = (render(scene),)
+    items = {asked: Example("place", images, *asked)}
+    for _ in range(more):
+        kind = pick(extra, ("place", "place", "place", "where", "count"))
+        if (further := _ASK[kind](extra, scene)) is not None:
+            items.setdefault(further, Example(kind, images, *further))
+    return list(items.values())
+
+
 def _text_maker(rng: Rng, extra: Rng, more: int) -> list[Example]:
     (scene,) = sign_scenes(rng, text_for_a_sign(rng))
     assert scene.sign is not None  # noqa: S101  by construction
@@ -250,4 +268,5 @@ _MAKERS: dict[str, Maker] = {
     "where": _scene_maker("where", 1, 7),
     "change": _change_maker,
     "chat": _chat_maker,
+    "alike": _alike_maker,
 }

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from mllm.signs.data import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, Batch, HeldOut
 from mllm.signs.pictures import KINDS
 
 VOCABULARY = 704  # 700 tokens, rounded up to a multiple of 64
+SCORING = 60  # seconds of `--minutes` that are kept for saving and scoring, or a quarter of them if that is less
 ABLATIONS = {"whole": {}, "no deepstack": {"taps": False}, "1-D positions": {"flat": True}}
 
 
@@ -151,8 +153,13 @@ def scores(model: Qwen3VLForConditionalGeneration, tests: list[tuple[str, Batch]
 
 
 def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
-    """An ordinary Hugging Face folder, weights in bf16. The model itself stays as it is."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """An ordinary Hugging Face folder, weights in bf16. The model itself stays as it is.
+
+    It replaces an older folder once it is complete, so that whoever looks finds a whole model.
+    """
+    whole, folder = folder, folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     half = Qwen3VLForConditionalGeneration(model.config)
     half.load_state_dict(model.state_dict())
     end = model.config.text_config.eos_token_id
@@ -167,6 +174,8 @@ def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    shutil.rmtree(whole, ignore_errors=True)
+    folder.replace(whole)
 
 
 def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForConditionalGeneration:
@@ -188,10 +197,13 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForCon
         done = saved["step"]
     say(f"{sum(p.numel() for p in model.parameters())} parameters on {device}, from step {done} to {args.steps}")
     tests = held_out_batches(args.each, args.workers, device)
-    total, since, began = torch.zeros((), device=device), 0, time.perf_counter()
-    start = began
+    if args.start and tests:
+        say(f"step {done}: {scores(model, tests, device, half=device == 'cuda')}")
+    limit = 60 * args.minutes
+    end = args.since + limit - min(SCORING, limit / 4)
+    total, since, start, began = torch.zeros((), device=device), 0, time.perf_counter(), time.time()
     for step, batch in enumerate(batches(args, done, device), done):
-        share = (time.perf_counter() - began) / (60 * args.minutes) if args.minutes else step / args.steps
+        share = (time.time() - began) / max(end - began, 1e-9) if args.minutes else step / args.steps
         if share >= 1:
             break
         for group in optimizer.param_groups:
@@ -207,31 +219,39 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForCon
             say(f"step {step + 1} loss {total.item() / since:.4f} {since / (time.perf_counter() - start):.2f} steps/s")
             total, since, start = torch.zeros((), device=device), 0, time.perf_counter()
         if (step + 1) % args.check == 0 and step + 1 < args.steps:
-            for name, how in ABLATIONS.items():
-                say(f"step {step + 1} {name}: {scores(model, tests, device, half=device == 'cuda', **how)}")
+            say(f"step {step + 1}: {scores(model, tests, device, half=device == 'cuda')}")
             keep = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(keep, state.with_suffix(".part"))
             state.with_suffix(".part").replace(state)
             save(model, args.out / "model")
             start = time.perf_counter()
     save(model, args.out / "model")
+    say(f"saved {args.out / 'model'}")
     finish(args, tests, device, say)
     return model
 
 
 def finish(args: argparse.Namespace, tests: list[tuple[str, Batch]], device: str, say: Callable[[str], None]) -> None:
-    """Scores of the saved folder, as it will be used, in float32 and bf16, and with each ablation."""
+    """Scores of the saved folder, as it will be used, in float32 and bf16, and with each ablation.
+
+    Each is printed and written as soon as it is known, those of the whole model first.
+    """
     if not tests:
         return
     model = Qwen3VLForConditionalGeneration.from_pretrained(args.out / "model", dtype=torch.float32).to(device)
-    results: dict[str, Any] = {name: scores(model, tests, device, half=False, **how) for name, how in ABLATIONS.items()}
-    swapped = held_out_batches(args.each, args.workers, device, swap=True)
-    results["swapped pictures"] = scores(model, swapped, device, half=False)
-    if device == "cuda":
-        results["whole, bf16"] = scores(model.to(torch.bfloat16).float(), tests, device)
-    for name, result in results.items():
+    results: dict[str, Any] = {}
+
+    def note(name: str, result: dict[str, float]) -> None:
+        results[name] = result
         say(f"final, {name}: {result}")
-    (args.out / "scores.json").write_text(json.dumps(results, indent=2) + "\n")
+        (args.out / "scores.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    for name, how in ABLATIONS.items():
+        note(name, scores(model, tests, device, half=False, **how))
+    swapped = held_out_batches(args.each, args.workers, device, swap=True)
+    note("swapped pictures", scores(model, swapped, device, half=False))
+    if device == "cuda":
+        note("whole, bf16", scores(model.to(torch.bfloat16).float(), tests, device))
 
 
 def main() -> None:
@@ -239,7 +259,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; the model goes to OUT/model")
     parser.add_argument("--start", type=Path, help="a model folder to go on from, rather than new weights")
     parser.add_argument("--steps", type=int, default=30_000)
-    parser.add_argument("--minutes", type=float, default=0, help="end after so long, even before the last step")
+    parser.add_argument("--minutes", type=float, default=0, help="end after so long, scores included")
+    parser.add_argument("--since", type=float, default=time.time(), help="when that began, in seconds since 1970")
     parser.add_argument("--compile", action="store_true", help="fuse operations with torch.compile")
     parser.add_argument("--batch", type=int, default=256, help="drawn pictures, or pairs of them, in a batch")
     parser.add_argument("--replay", type=int, default=2, help="how often each drawn batch is used; 0: as needed")

@@ -7,16 +7,16 @@ from torch import Tensor
 from mllm.batch import ForwardBatch, VisionTokens
 from mllm.cache import KVPool
 from mllm.config import TextConfig
-from mllm.kernels.ops import Ops, Plan
+from mllm.kernels.ops import Ops, Plan, Stream
 from mllm.weights import Layer, TextWeights
 
 
-def layer(x: Tensor, w: Layer, keys: Tensor, values: Tensor, plan: Plan, *, eps: float, ops: Ops) -> Tensor:
+def layer(x: Stream, w: Layer, keys: Tensor, values: Tensor, plan: Plan, *, eps: float, ops: Ops) -> Stream:
     """One decoder layer on the residual stream x [T E]; writes `keys`, `values` [P S K D] at the batch's slots."""
-    qkv = ops.norm_linear(x, w.norm_in, w.qkv, eps=eps)
+    x, qkv = ops.norm_linear(x, w.norm_in, w.qkv, eps=eps)
     y = ops.attend_(qkv, w.q_norm, w.k_norm, plan, keys, values, eps=eps)
-    x = ops.linear_add(y, w.out, x)
-    g = ops.norm_gate(x, w.norm_mlp, w.gate_up, eps=eps)
+    x = ops.linear_add(y, w.out, x, w.gate_up)
+    x, g = ops.norm_gate(x, w.norm_mlp, w.gate_up, eps=eps)
     return ops.linear_add(g, w.down, x)
 
 
@@ -41,4 +41,4 @@ def forward(
         x = layer(x, w, keys, values, plan, eps=config.rms_norm_eps, ops=ops)
         if vision is not None and index < len(vision.deep):
             x = ops.add_(x, vision.at, vision.deep[index])
-    return ops.head(x.index_select(0, batch.last), weights.norm, weights.head, eps=config.rms_norm_eps)
+    return ops.head(x, batch.last, weights.norm, weights.head, eps=config.rms_norm_eps)

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from mllm.batch import PatchBatch, VisionTokens
 from mllm.config import VisionConfig
-from mllm.kernels.ops import Ops, Plan
+from mllm.kernels.ops import Ops, Plan, Stream
 from mllm.weights import Block, VisionWeights
 
 
-def block(x: Tensor, w: Block, plan: Plan, *, ops: Ops) -> Tensor:
+def block(x: Stream, w: Block, plan: Plan, *, ops: Ops) -> Stream:
     """One layer of the encoder on the residual stream x [X Ev]."""
-    qkv = ops.layer_norm_linear(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias)
+    x, qkv = ops.layer_norm_linear(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias)
     x = ops.linear_bias_add(ops.attend_images(qkv, plan), w.out, w.out_bias, x)
-    g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
+    x, g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
     return ops.linear_bias_add(g, w.down, w.down_bias, x)
 
 

@@ -1,0 +1,62 @@
+"""Attention of long prompts on Hopper: FlashInfer's FA3, planned on the host once for all layers.
+
+Beyond some thousands of tokens it is 1.5 times as fast as `flash`, but the plan reads the batch's bounds on the host, so
+it cannot be recorded, and its kernels compile at first use (about a minute, kept in ~/.cache/flashinfer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mllm.batch import ForwardBatch
+from mllm.config import TextConfig
+from mllm.errors import MissingPackageError
+from mllm.kernels.flash import LOG2E
+
+WORKSPACE_BYTES = 128 * 2**20
+"""For what FlashInfer plans; the size that its documentation recommends."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T H D], keys, values [P S K D] -> [T A]
+
+
+def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype) -> Attend:
+    """Attention of the batch, to be called in every layer with queries that are times scale and log2(e).
+
+    Raises `MissingPackageError` without FlashInfer.
+    """
+    try:
+        import flashinfer
+    except ImportError as error:
+        raise MissingPackageError(
+            f"a prefill of {len(batch.tokens)} tokens at once needs {error.name}: pip install 'mllm-runtime[cuda]', or "
+            "prefill in smaller chunks"
+        ) from None
+    device = batch.tokens.device
+    lengths = batch.lengths.cpu()
+    counts = (lengths + page_size - 1) // page_size
+    listed = torch.arange(batch.pages.shape[1], device=device) < counts.to(device).unsqueeze(1)
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa3")
+    wrapper.plan(
+        batch.q_indptr.cpu(),
+        torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
+        batch.pages[listed],
+        (lengths - 1) % page_size + 1,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        page_size,
+        causal=True,
+        sm_scale=1 / LOG2E,
+        q_data_type=dtype,
+        kv_data_type=dtype,
+    )
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = wrapper.run(q, (keys, values))
+        return out.flatten(1)
+
+    return attend

@@ -1,0 +1,106 @@
+"""Products with a few rows, 2 to 128: y = x @ w.T on the tensor cores, where reading the weight is most of the time.
+
+The weight's rows are the tall side of the tile (64 or 128 of them), the batch is the narrow one. A product with few
+outputs is split over its inputs, so that enough programs read; the parts are added up by the norm that follows
+(`kernels/norm.py`), which has to read the residual stream anyway.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mllm.errors import ShapeError
+from mllm.kernels.pdl import launch_dependents, options, wait
+
+
+class Tile(NamedTuple):
+    """Outputs of a program, inputs at a time, parts that the inputs are split into, warps, tiles in flight; with
+    programmatic dependent launch, inputs whose weights are fetched ahead."""
+
+    outputs: int
+    inputs: int
+    parts: int
+    warps: int
+    stages: int
+    ahead: int = 0
+
+
+FETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
+
+
+@triton.jit
+def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  BP: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+                  LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y [parts B N] from x [B K] and w [N K], part s from inputs s*KS to (s + 1)*KS.
+
+    GATE: w [2N K] holds gate over up, y is silu(gate) * up, and a program takes BN/2 of each.
+    """
+    part = tl.program_id(1)
+    launch_dependents(PDL)
+    OUT: tl.constexpr = BN // 2 if GATE else BN
+    first = tl.program_id(0) * OUT
+    n = tl.arange(0, BN)
+    inside = first + n % OUT < N
+    n = first + n % OUT + n // OUT * N
+    k = tl.arange(0, BK)
+    b = tl.arange(0, BP)
+    rows = n.to(tl.int64)[:, None] * K
+    acc = tl.zeros([BN, BP], tl.float32)
+    if AHEAD > 0:  # inputs whose weights are asked for while the kernel before still runs, a piece by each thread
+        thread = tl.arange(0, LANES)
+        row = first + thread % BN % OUT
+        at = tl.minimum(row, N - 1) + thread % BN // OUT * N
+        piece = w + at.to(tl.int64) * K + part * KS + thread // BN * (AHEAD * BN // LANES)
+        size = tl.full([LANES], AHEAD * BN // LANES * 2, tl.int32)
+        tl.inline_asm_elementwise(FETCH, "=r,l,r", [piece, size], dtype=tl.int32, is_pure=False, pack=1)
+    wait(PDL)
+    for start in tl.range(part * KS, part * KS + KS, BK, num_stages=STAGES):
+        at = start + k
+        reach = at < K
+        a = tl.load(w + rows + at[None, :], mask=inside[:, None] & reach[None, :], other=0.0,
+                    eviction_policy="evict_first")  # fmt: skip
+        v = tl.load(x + b[:, None] * K + at[None, :], mask=(b < B)[:, None] & reach[None, :], other=0.0)
+        acc = tl.dot(a, tl.trans(v), acc, input_precision="ieee")
+    out = tl.trans(acc)  # [BP BN]
+    if GATE:
+        gate, up = tl.split(tl.permute(tl.reshape(out, [BP, 2, OUT]), [0, 2, 1]))
+        out = gate * tl.sigmoid(gate) * up
+    o = first + tl.arange(0, OUT)
+    mask = (b < B)[:, None] & (o < N)[None, :]
+    tl.store(y + (part * B + b)[:, None] * N + o[None, :], out.to(y.dtype.element_ty), mask=mask)
+
+
+def tile_for(rows: int, outputs: int, inputs: int, *, gate: bool) -> Tile:
+    """What was fastest on an H200; the record is in `docs/performance.md`."""
+    blocks = triton.cdiv(outputs, 32 if gate else 64)
+    parts = 1 if gate else max(1, min(8, 256 // blocks))
+    return Tile(64, 128, parts, 4, 4)
+
+
+def linear(
+    x: Tensor, w: Tensor, *, gate: bool = False, parts: bool = False, pdl: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [B K] @ w [N K].T: [B N], or with `parts` f32 [parts B N] whose sum it is. `gate`: silu(gate) * up, [B N/2]."""
+    if not w.is_contiguous():  # as a CPU may have it; read by rows it would give numbers, all wrong
+        raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
+    rows, inputs = x.shape
+    outputs = len(w) // 2 if gate else len(w)
+    tile = tile_for(rows, outputs, inputs, gate=gate)
+    count = tile.parts if parts else 1
+    each = triton.cdiv(triton.cdiv(inputs, count), tile.inputs) * tile.inputs
+    count = triton.cdiv(inputs, each)
+    shape = (count, rows, outputs) if parts else (rows, outputs)
+    y = torch.empty(shape, dtype=torch.float32 if parts else dtype or x.dtype, device=x.device)
+    skinny_kernel[(triton.cdiv(outputs, tile.outputs // 2 if gate else tile.outputs), count)](
+        x, w, y, rows, outputs, K=inputs, KS=each, BN=tile.outputs, BK=tile.inputs,
+        BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=tile.stages,
+        AHEAD=min(tile.ahead, each, inputs - (count - 1) * each) if pdl else 0,
+        LANES=max(32 * tile.warps, tile.outputs), num_warps=tile.warps, **options(pdl),
+    )  # fmt: skip
+    return y

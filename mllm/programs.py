@@ -1,0 +1,122 @@
+"""The stages of a model as `generate` runs them: captured where that gains, over the KV pool that recordings belong to.
+
+A recording takes tenths of a second, so on a GPU a model keeps its programs between calls. The stages themselves stay
+what they are: every function here has the arguments and results of its stage, without the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from mllm import stages
+from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens
+from mllm.cache import KVPool
+from mllm.errors import ImageError
+from mllm.state import Tree, is_donated, leaves
+from mllm.transform import capture, recorder_for
+
+if TYPE_CHECKING:
+    from mllm.model import Model
+
+RECORDINGS = 1024
+"""Of the decode step, at most; the oldest gives way: a size of batch times a power of two of listed pages."""
+PADDED = 64
+"""Of prefill, and of the encoder."""
+INFERENCE = torch.inference_mode()
+"""Around whole stages, never around a `yield`, which would hand it to the caller: a small model's step is a tenth
+shorter without autograd's part in every call."""
+
+
+@frozen(eq=False)
+class Programs:
+    """The captured stages."""
+
+    step: Callable[..., tuple[KVPool, ForwardBatch, Tensor]]
+    prefill: Callable[..., tuple[KVPool, Tensor]]
+    vit: Callable[..., VisionTokens]
+
+
+def make_programs(model: Model) -> Programs:
+    """Programs that have recorded nothing yet."""
+    recorder = recorder_for(model.device)
+    wrap = partial(capture, evict=True, recorder=recorder)
+    step: Tree = wrap(partial(_step, model), donate=("pool",), carry=("batch",), limit=RECORDINGS)
+    prefill: Tree = partial(_prefill, model)
+    vit: Tree = partial(_vit, model)
+    if model.prompt_ops is not None:
+        prefill = _if_padded(prefill, wrap(prefill, donate=("pool",), limit=PADDED))
+    if model.vision_ops is not None:
+        vit = _if_padded(vit, wrap(vit, limit=PADDED))
+    return Programs(step=INFERENCE(step), prefill=INFERENCE(prefill), vit=INFERENCE(vit))
+
+
+def _if_padded(fn: Callable[..., Tree], captured: Callable[..., Tree]) -> Callable[..., Tree]:
+    """`captured` for batches that are padded to a size that comes again, `fn` for the others."""
+
+    def call(*args: Tree, padded: bool) -> Tree:
+        return captured(*args, padded=True) if padded else fn(*args, padded=False)
+
+    return call
+
+
+def _step(
+    model: Model, pool: KVPool, batch: ForwardBatch, sampling: SamplingBatch
+) -> tuple[KVPool, ForwardBatch, Tensor]:
+    """One decode step, with the ops that are fastest for as many rows as the batch has."""
+    ops = model.step_ops(len(batch.lengths))
+    return stages.step(model.weights, pool, batch, sampling, config=model.config, ops=ops)
+
+
+def _prefill(
+    model: Model, pool: KVPool, batch: ForwardBatch, vision: VisionTokens | None, padded: bool
+) -> tuple[KVPool, Tensor]:
+    """One batch of prompt tokens."""
+    ops = model.prompt_ops(len(batch.tokens)) if padded and model.prompt_ops else model.ops
+    return stages.prefill(model.weights, pool, batch, vision, config=model.config, ops=ops)
+
+
+def _vit(model: Model, patches: PatchBatch, padded: bool) -> VisionTokens:
+    """The features of a batch of images. Raises `ImageError` where the model has no encoder."""
+    if model.config.vision is None or model.weights.vision is None:
+        raise ImageError("a model that reads only text was given an image")
+    ops = model.vision_ops(len(patches.patches)) if padded and model.vision_ops else model.ops
+    return stages.vit(model.weights.vision, patches, config=model.config.vision, ops=ops)
+
+
+@define(eq=False)
+class Lease:
+    """What one call has of a model: its programs, and the pool that they belong to, which every stage replaces."""
+
+    programs: Programs
+    pool: KVPool
+
+
+@define(eq=False)
+class Shelf:
+    """Where programs and pool lie between calls; one call at a time has them."""
+
+    kept: Lease | None = field(default=None, init=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool that is kept."""
+        return sum(t.nbytes for t in leaves(self.kept.pool)) if self.kept else 0
+
+    def take(self, model: Model, pages: int, make_pool: Callable[[], KVPool]) -> Lease:
+        """What is kept, if its pool has `pages` usable pages or more; or new programs over a new pool."""
+        kept, self.kept = self.kept, None
+        if kept is not None and kept.pool.keys.shape[1] > pages:
+            return kept
+        del kept  # the memory of a pool that is too small is free before there is a new one
+        return Lease(make_programs(model), make_pool())
+
+    def put(self, model: Model, lease: Lease) -> None:
+        """Keep them for the next call where recordings are dear, which is on a GPU; never a pool that a stage lost."""
+        if model.device.type == "cuda" and not is_donated(lease.pool):
+            self.kept = lease

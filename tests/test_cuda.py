@@ -1,0 +1,131 @@
+"""On a GPU: padded and recorded prefill and vision are what the stages give, and nothing piles up between calls."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from PIL import Image
+
+import mllm
+from mllm import buckets, requests, segments, stages
+from mllm.batch import pack
+from mllm.cache import KVPool
+from mllm.kernels.reference import REFERENCE
+from mllm.programs import make_programs
+from mllm.sampling import Sampling
+from mllm.signs import pictures
+from mllm.state import clone, leaves
+from mllm.table import RequestTable
+
+pytestmark = pytest.mark.cuda
+EACH = 12  # held-out pictures of each kind
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[mllm.Model]:
+    """The embedded model in float32 on the GPU."""
+    yield mllm.load(device="cuda", dtype="float32")
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[pictures.Example]:
+    return [pictures.held_out(kind, i) for kind in pictures.KINDS for i in range(EACH)]
+
+
+def answers(model: mllm.Model, examples: list[pictures.Example], **options: int) -> list[str]:
+    prompts = [mllm.prompt(model, pictures.messages(example)) for example in examples]
+    return [out.text for out in mllm.generate(model, prompts, max_new_tokens=96, **options)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_answers_on_the_gpu_are_those_of_the_cpu(
+    model: mllm.Model, examples: list[pictures.Example], rows: int
+) -> None:
+    some = examples if rows > 1 else examples[::6]
+    expected = answers(mllm.load(device="cpu", dtype="float32"), some)
+    assert answers(model, some, max_running_requests=rows) == expected
+    half = mllm.load(device="cuda", dtype="bfloat16")
+    same = [a == b for a, b in zip(answers(half, some, max_running_requests=rows), expected, strict=True)]
+    assert sum(same) >= 0.97 * len(same)
+
+
+@pytest.mark.parametrize("length", [1, 17, 40, 129, 700])
+def test_a_padded_prefill_writes_and_gives_what_the_reference_does(model: mllm.Model, length: int) -> None:
+    lengths = [length, 5, 64]
+    table = RequestTable.empty(rows=3, pages=40, page_size=64)
+    table, rows = stages.admit(table, lengths)
+    made = [
+        requests.make(model, mllm.Prompt([3 + i % 90 for i in range(n)]), index=j, new_tokens=1, sampling=Sampling())
+        for j, n in enumerate(lengths)
+    ]
+    (part,) = segments.cut(list(zip(made, rows, strict=True)), limit=4096)
+    empty = KVPool.empty(model.config.text, pages=40, page_size=64, device="cuda", dtype=model.dtype)
+    exact = pack(table, [s.chunk() for s in part], device="cuda")
+    pool, want = stages.prefill(model.weights, clone(empty), exact, config=model.config, ops=REFERENCE)
+    size = buckets.prompt_size(model.device, sum(lengths), 3, max(map(table.pages_for, lengths)), 0)
+    assert size is not None
+    programs, own = make_programs(model), clone(empty)
+    padded = pack(table, [s.chunk() for s in part], device="cuda", size=size)
+    for _ in range(2):  # recorded, then replayed
+        own, got = programs.prefill(own, padded, None, padded=True)
+        assert float((got[:3] - want).norm() / want.norm()) < 1e-4
+        live = sorted(set(table.pages.flatten().tolist()) - {0})
+        for mine, theirs, before in zip(leaves(own), leaves(pool), leaves(empty), strict=True):
+            assert float((mine[:, live] - theirs[:, live]).norm() / theirs[:, live].norm()) < 1e-4
+            others = sorted(set(range(1, 41)) - set(live))
+            assert torch.equal(mine[:, others], before[:, others])
+
+
+@pytest.mark.parametrize("sizes", [[(64, 64)], [(320, 96), (64, 256)], [(512, 512), (100, 90), (33, 400)]])
+def test_padded_pictures_give_the_features_of_the_reference(model: mllm.Model, sizes: list[tuple[int, int]]) -> None:
+    images = [Image.effect_noise(size, 60).convert("RGB") for size in sizes]
+    token = model.config.image_token_id
+    request = requests.make(model, mllm.Prompt([token] * len(images), images), index=0, new_tokens=1,
+                            sampling=Sampling())  # fmt: skip
+    grids = request.layout.grids
+    patches, count = sum(r * c for r, c in grids), sum(request.layout.counts)
+    vision, config = model.weights.vision, model.config.vision
+    assert vision is not None
+    assert config is not None
+    exact = requests.patch_batch(model, request)
+    want = stages.vit(vision, exact, config=config, ops=REFERENCE)
+    eager = stages.vit(vision, exact, config=config, ops=model.ops)
+    size = buckets.patch_size(model.device, patches, len(grids), 4)
+    padded = requests.patch_batch(model, request, size=size)
+    programs = make_programs(model)
+    for got in (eager, programs.vit(padded, padded=True).first(count), programs.vit(padded, padded=True).first(count)):
+        assert torch.equal(got.at, want.at)
+        for a, b in ((got.embed, want.embed), (got.deep, want.deep)):
+            assert float((a - b).norm() / b.norm()) < 1e-4
+
+
+def test_calls_leave_the_memory_of_the_device_where_it_was(model: mllm.Model, examples: list[pictures.Example]) -> None:
+    def run(i: int) -> None:
+        answers(model, examples[i % 7 :: 7], max_running_requests=1 + i % 9)
+
+    for i in range(14):
+        run(i)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    for i in range(14):
+        run(i)
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before[0]
+    assert torch.cuda.mem_get_info()[0] >= before[1] - 8 * 2**20
+
+
+def test_an_abandoned_stream_leaves_the_next_call_right(model: mllm.Model, examples: list[pictures.Example]) -> None:
+    prompts = [mllm.prompt(model, pictures.messages(example)) for example in examples[:3]]
+    expected = [out.tokens for out in mllm.generate(model, prompts, max_new_tokens=20)]
+    for after in (1, 3, 10):
+        stream = mllm.stream(model, prompts, max_new_tokens=20)
+        for _ in range(after):
+            next(stream)
+        stream.close()
+        assert [out.tokens for out in mllm.generate(model, prompts, max_new_tokens=20)] == expected
