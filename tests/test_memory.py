@@ -336,7 +336,7 @@ def test_what_earlier_calls_left_to_the_garbage_collector_is_not_held_against_th
     left = weakref.ref(hanging[0])
     del hanging
     monkeypatch.setattr(budget, "available", lambda device: 1000 if left() is not None else GB)
-    _, table = memory.allocate(
+    table = memory.allocate(
         text_model.ours, requests.make_all(text_model.ours, [mllm.Prompt(words(3))] * 2, 4, Sampling()), rows=2,
         profile=text_model.ours.memory,
     )  # fmt: skip

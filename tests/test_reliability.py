@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import IMAGE, Tiny, four_prompts, picture, words
 
 import mllm
-from mllm import budget, requests, stages
+from mllm import budget, segments, stages
 from mllm.cache import KVPool
 from mllm.completion import Completion
 from mllm.sampling import Sampling
@@ -110,8 +110,8 @@ def test_a_chunked_prompt_that_runs_out_of_memory_leaves_the_queue_whole(
     text_model: Tiny, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rest of its chunks is dropped; prompts that share a batch with them are not."""
-    cut = requests.cut
-    monkeypatch.setattr(requests, "cut", lambda admitted, *, limit: cut(admitted, limit=5))
+    cut = segments.cut
+    monkeypatch.setattr(segments, "cut", lambda admitted, *, limit: cut(admitted, limit=5))
     prompts = [mllm.Prompt(words(n, n)) for n in (4, 23, 7, 2)]
     want, boundaries = faults.walk(lambda: mllm.generate(text_model.ours, prompts, max_new_tokens=4))
     prefills = [b for b in boundaries if b.stage == "prefill"]

@@ -13,11 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tiny import IMAGE, Tiny, examples, picture, words
 
 import mllm
-from mllm import requests, stages
+from mllm import requests, segments, stages
 from mllm.batch import VisionTokens, decode_batch, pack
 from mllm.cache import KVPool
-from mllm.requests import Request, Segment
+from mllm.requests import Request
 from mllm.sampling import Sampling, sampling_batch
+from mllm.segments import Segment
 from mllm.state import alias, is_donated
 from mllm.table import RequestTable
 
@@ -90,16 +91,16 @@ class RuntimeMachine(RuleBasedStateMachine):
     )  # fmt: skip
     def prefill(self, data: st.DataObject, whole: bool, fault: str | None) -> None:
         """Any part of any prompts, in one batch; with a fault, nothing has happened."""
-        segments = []
+        parts = []
         for row in data.draw(st.lists(st.sampled_from(self.unfinished()), min_size=1, unique=True)):
             own = self.live[row]
             left = own.request.length - own.ran
             stop = own.ran + (left if whole else data.draw(st.integers(1, left)))
-            segments.append(Segment(request=own.request, row=row, start=own.ran, stop=stop))
-        features = {s.request.index: f for s in segments if (f := self.live[s.row].features)}
+            parts.append(Segment(request=own.request, row=row, start=own.ran, stop=stop))
+        features = {s.request.index: f for s in parts if (f := self.live[s.row].features)}
         model, kept = self.broken(fault), alias(self.pool)
-        batch = pack(self.table, [s.chunk() for s in segments], device="cpu")
-        vision = requests.crop(features, segments)
+        batch = pack(self.table, [s.chunk() for s in parts], device="cpu")
+        vision = segments.crop(features, parts)
         try:
             self.pool, logits = stages.prefill(
                 model.weights, self.pool, batch, vision, config=model.config, ops=model.ops
@@ -108,9 +109,9 @@ class RuntimeMachine(RuleBasedStateMachine):
             self.pool = kept
             return
         assert fault is None
-        self.table = stages.commit(self.table, [s.row for s in segments], [s.stop - s.start for s in segments])
-        drawn = self.sample(logits, segments)
-        for segment, token in zip(segments, drawn, strict=True):
+        self.table = stages.commit(self.table, [s.row for s in parts], [s.stop - s.start for s in parts])
+        drawn = self.sample(logits, parts)
+        for segment, token in zip(parts, drawn, strict=True):
             self.live[segment.row].ran = segment.stop
             if segment.completes:
                 self.push(segment.row, token)
@@ -202,9 +203,9 @@ class RuntimeMachine(RuleBasedStateMachine):
             return None
         return stages.vit(weights, requests.patch_batch(self.model, request), config=vision, ops=self.model.ops)
 
-    def sample(self, logits: torch.Tensor, segments: list[Segment]) -> list[int]:
-        sampling = sampling_batch([s.request.sampling for s in segments], size=len(segments), device="cpu")
-        lengths = torch.tensor([s.stop for s in segments], dtype=torch.int32)
+    def sample(self, logits: torch.Tensor, parts: list[Segment]) -> list[int]:
+        sampling = sampling_batch([s.request.sampling for s in parts], size=len(parts), device="cpu")
+        lengths = torch.tensor([s.stop for s in parts], dtype=torch.int32)
         return stages.sample(logits, sampling, lengths, ops=self.model.ops).tolist()
 
     def push(self, row: int, token: int) -> None:
