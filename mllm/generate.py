@@ -88,7 +88,7 @@ def score(model: Model, prompts: Sequence[Prompt]) -> list[Tensor]:
     programs = make_programs(model)
     for request in requests.make_all(model, prompts, 1, GREEDY):
         memory.check_score(model, request.length)
-        table = memory.allocate(model, [request], rows=1, profile=model.memory)
+        table = memory.allocate(model, [request], rows=1, profile=model.memory, reuse=False)
         memory.fit(request, table, model.memory)
         pool = _pool(model, table, len(table.free))
         table, rows = stages.admit(table, [request.slots])
@@ -163,7 +163,9 @@ def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Le
             failed = {row for row, _ in pieces}
             prompts.extend(segments.cut([(runs[r].request, r) for r in rows if r not in failed], limit=PREFILL_TOKENS))
         drawn: dict[int, int] = {}  # the next token of each row that has one
-        kept = alias(lease.pool)  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
+        kept = alias(
+            lease.pool
+        )  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
         if reads and (batch is None or len(reads) == most or min(r.wanted for r in decoding) <= len(reads)):
             drawn = {row: token for row, token in reads.popleft().get() if row in runs}
         elif prompts:

@@ -26,6 +26,7 @@ from mllm.cache import KVPool, bytes_per_token
 from mllm.errors import ImageError, MemoryBudgetError, PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import plan
+from mllm.programs import Lease, make_programs
 from mllm.sampling import Sampling
 
 GB = 10**9
@@ -341,6 +342,33 @@ def test_what_earlier_calls_left_to_the_garbage_collector_is_not_held_against_th
         profile=text_model.ours.memory,
     )  # fmt: skip
     assert len(table.live) == 2
+
+
+def test_what_the_last_call_left_goes_where_this_one_needs_its_memory(
+    text_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the pool stays between calls: it is counted as free for a call that takes it, and no other."""
+    model, made = text_model.ours, requests.make_all(text_model.ours, [mllm.Prompt(words(40))], 4, Sampling())
+    pool, beside = memory._pool_bytes(3, model.memory), memory._peak(model, made, 1, model.memory).total
+    table = memory.allocate(model, made, rows=1, profile=model.memory)
+
+    page = 16 * model.memory.bytes_per_token
+
+    def left(free: int, *, reuse: bool) -> bool:
+        """Whether a pool of 6 pages is still there after another call was let in, with `free` bytes beside it."""
+        kept = KVPool.empty(model.config.text, pages=6, page_size=16, device=model.device, dtype=model.dtype)
+        model.shelf.kept = Lease(make_programs(model), kept)
+        assert model.shelf.nbytes == 7 * page
+        monkeypatch.setattr(budget, "available", lambda device: free + (0 if model.shelf.kept else 7 * page))
+        assert len(memory.allocate(model, made, rows=1, profile=model.memory, reuse=reuse).free) == len(table.free)
+        found = model.shelf.kept is not None
+        model.shelf.clear()
+        return found
+
+    assert left(beside, reuse=True)
+    assert not left(beside - 1, reuse=True)  # pool and peak fit, but not beside a pool that may be larger
+    assert not left(beside, reuse=False)  # score has a pool of its own
+    assert left(beside + pool, reuse=False)
 
 
 def test_a_request_that_memory_cannot_hold_now_is_refused_before_anything_is_allocated(
