@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import random
@@ -21,7 +22,9 @@ import mllm
 from mllm import budget, segments, stages
 from mllm.cache import KVPool
 from mllm.completion import Completion
+from mllm.programs import Lease, Shelf
 from mllm.sampling import Sampling
+from mllm.state import is_donated
 from mllm.table import RequestTable
 
 NEW = [5, 3, 6, 4]
@@ -104,6 +107,41 @@ def test_pages_are_conserved_when_memory_runs_out_at_any_boundary(
             faults.arm(boundary, torch.OutOfMemoryError("no memory"))
             four(vision_model)
             assert (tables[-1].n_free, bool(tables[-1].live.any())) == (len(tables[-1].free), False), boundary
+
+
+def test_a_pool_that_stays_between_calls_is_whole_after_a_fault_or_goes(
+    vision_model: Tiny, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose recordings belong to one pool: whatever a fault left in it, the next call is right."""
+
+    def put(shelf: Shelf, model: mllm.Model, lease: Lease) -> None:
+        shelf.kept = None if is_donated(lease.pool) else lease
+
+    monkeypatch.setattr(Shelf, "put", put)
+    model = evolve(vision_model.ours)  # with a shelf of its own
+
+    def run() -> list[Completion]:
+        return mllm.generate(model, four_prompts(vision_model), max_new_tokens=NEW, max_running_requests=3)
+
+    want, boundaries = faults.walk(run)
+    assert model.shelf.kept is not None
+    stayed = 0
+    for error, boundary in itertools.product((RuntimeError("fault"), torch.OutOfMemoryError("no memory")), boundaries):
+        faults.arm(boundary, error)
+        with contextlib.suppress(RuntimeError):
+            run()
+        stayed += model.shelf.kept is not None
+        faults.clear()
+        assert run() == want, boundary
+    assert 0 < stayed < 2 * len(boundaries)
+    some = model.shelf.kept
+    pieces = mllm.stream(model, four_prompts(vision_model), max_new_tokens=4)
+    next(pieces)
+    assert model.shelf.kept is None  # a second call meanwhile gets a pool of its own
+    assert run() == want
+    pieces.close()  # type: ignore[attr-defined]
+    assert model.shelf.kept is some
+    assert run() == want
 
 
 def test_a_chunked_prompt_that_runs_out_of_memory_leaves_the_queue_whole(
