@@ -56,8 +56,8 @@ def generate(
     can never run. What fails later fails its own request, with `finish_reason` "error": a picture that cannot be
     decoded, logits that are not finite. Memory that runs out fails the requests of the batch that needed it (one in
     the encoder, those of a prefill batch, those that decode together); the others' keys and values are as they were,
-    and they go on. Any other exception, and closing a stream, ends the call: nothing outlives it, so the next one
-    finds what this one found.
+    and they go on. Any other exception, and closing a stream, ends the call. The next one finds every page free: what
+    a GPU keeps for it, programs and pool, is let go of where a stage was at work on the pool.
     """
     made = requests.make_all(model, prompts, max_new_tokens, sampling)
     pieces: list[list[Piece]] = [[] for _ in made]
