@@ -33,6 +33,9 @@ from mllm.segments import Segment
 from mllm.state import alias
 from mllm.table import RequestTable
 
+AHEAD = {"cpu": 1, "cuda": 2}
+"""Steps whose tokens may be on their way to the host at once: more than one only where a batch lists all the pages that its
+rows will need (`buckets.decode_size`), for a new batch starts from tokens that were read."""
 GREEDY = Sampling()
 
 
@@ -145,7 +148,7 @@ def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Le
     A GPU's tokens are read one step behind: the next step is on its way while the host looks at those of the last.
     """
     programs = lease.programs
-    most = 2 if model.device.type == "cuda" else 1  # steps whose tokens are on their way to the host
+    most = AHEAD[model.device.type]
     runs: dict[int, Run] = {}  # by row
     prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
     features: dict[int, VisionTokens] = {}  # of their images, by request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import itertools
 import random
 import weakref
@@ -19,7 +20,7 @@ from PIL import Image
 from tiny import IMAGE, Tiny, four_prompts, picture, words
 
 import mllm
-from mllm import budget, segments, stages
+from mllm import buckets, budget, segments, stages
 from mllm.cache import KVPool
 from mllm.completion import Completion
 from mllm.programs import Lease, Shelf
@@ -33,6 +34,16 @@ NEW = [5, 3, 6, 4]
 def four(model: Tiny, **options: Any) -> list[Completion]:
     """Text, an image, three images and text, three rows at a time, so that one waits for a row."""
     return mllm.generate(model.ours, four_prompts(model), max_new_tokens=NEW, max_running_requests=3, **options)
+
+
+@pytest.fixture(params=[1, 2])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tokens are read at once as on a CPU, or one step behind as on a GPU, whose batches are padded and list every page."""
+    if request.param == 2:
+        monkeypatch.setitem(importlib.import_module("mllm.generate").AHEAD, "cpu", 2)
+        size = buckets.decode_size
+        monkeypatch.setattr(buckets, "decode_size", lambda device, *counts: size(torch.device("cuda"), *counts))
+    return int(request.param)
 
 
 # a fault at any boundary of any stage
@@ -67,7 +78,7 @@ def test_an_exception_at_any_boundary_ends_the_call_and_the_next_one_is_right(
 
 @pytest.mark.parametrize("stage", ["vit", "prefill", "sample", "step"])
 def test_memory_that_runs_out_at_any_boundary_fails_the_batch_and_the_others_get_their_tokens(
-    vision_model: Tiny, faults: Faults, stage: str
+    vision_model: Tiny, faults: Faults, ahead: int, stage: str
 ) -> None:
     """Host stages have no device memory to run out of."""
     want, boundaries = faults.walk(lambda: four(vision_model))
@@ -86,7 +97,7 @@ def test_memory_that_runs_out_at_any_boundary_fails_the_batch_and_the_others_get
 
 
 def test_pages_are_conserved_when_memory_runs_out_at_any_boundary(
-    vision_model: Tiny, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    vision_model: Tiny, faults: Faults, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, boundaries = faults.walk(lambda: four(vision_model))
     tables: list[RequestTable] = []
@@ -110,7 +121,7 @@ def test_pages_are_conserved_when_memory_runs_out_at_any_boundary(
 
 
 def test_a_pool_that_stays_between_calls_is_whole_after_a_fault_or_goes(
-    vision_model: Tiny, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    vision_model: Tiny, faults: Faults, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, whose recordings belong to one pool: whatever a fault left in it, the next call is right."""
 
@@ -206,7 +217,7 @@ def test_no_call_holds_memory_once_it_is_over_however_it_ended(vision_model: Tin
 
 @pytest.mark.parametrize("aborts", [460])
 def test_streams_abandoned_at_random_leave_nothing_behind(
-    vision_model: Tiny, aborts: int, pytestconfig: pytest.Config
+    vision_model: Tiny, ahead: int, aborts: int, pytestconfig: pytest.Config
 ) -> None:
     """4,600 with --thorough: what one of the peers' leaks needed to show."""
     rng = random.Random(0)
@@ -241,6 +252,27 @@ def test_the_features_of_a_request_that_failed_do_not_outlive_it(vision_model: T
         faults.clear()
         gc.collect()
         assert [ref() for ref in made] == [None]
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+def test_a_row_that_breaks_while_the_next_step_runs_changes_no_token_of_the_others(
+    vision_model: Tiny, ahead: int, turn: int
+) -> None:
+    """One step behind, the host learns of it when the row has gone on already."""
+    calls, ops = itertools.count(), vision_model.ours.ops
+    want = four(vision_model)
+
+    def head(*args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = ops.head(*args, **kwargs)
+        if next(calls) == turn:
+            logits[0, 7] = float("inf")
+        return logits
+
+    model = evolve(vision_model.ours, ops=evolve(ops, head=head))
+    outs = mllm.generate(model, four_prompts(vision_model), max_new_tokens=NEW, max_running_requests=3)
+    assert [out.finish_reason for out in outs].count("error") == 1
+    for out, whole in zip(outs, want, strict=True):
+        assert out == whole or ("not finite" in (out.error or "") and out.tokens == whole.tokens[: len(out.tokens)])
 
 
 # what belongs to one request stays there
