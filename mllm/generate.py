@@ -32,6 +32,9 @@ from mllm.segments import Segment
 from mllm.state import alias
 from mllm.table import RequestTable
 
+AHEAD = {False: 1, True: 2}  # by whether the model pads
+"""Steps whose tokens may be on their way to the host at once: more than one only where a batch lists all the pages that its
+rows will need (`buckets.decode_size`), for a new batch starts from tokens that were read."""
 GREEDY = Sampling()
 
 
@@ -55,8 +58,8 @@ def generate(
     can never run. What fails later fails its own request, with `finish_reason` "error": a picture that cannot be
     decoded, logits that are not finite. Memory that runs out fails the requests of the batch that needed it (one in
     the encoder, those of a prefill batch, those that decode together); the others' keys and values are as they were,
-    and they go on. Any other exception, and closing a stream, ends the call: nothing outlives it, so the next one
-    finds what this one found.
+    and they go on. Any other exception, and closing a stream, ends the call. The next one finds every page free: what
+    a GPU keeps for it, programs and pool, is let go of where a stage was at work on the pool.
     """
     made = requests.make_all(model, prompts, max_new_tokens, sampling)
     pieces: list[list[Piece]] = [[] for _ in made]
@@ -87,7 +90,7 @@ def score(model: Model, prompts: Sequence[Prompt]) -> list[Tensor]:
     programs = make_programs(model)
     for request in requests.make_all(model, prompts, 1, GREEDY):
         memory.check_score(model, request.length)
-        table = memory.allocate(model, [request], rows=1, profile=model.memory)
+        table = memory.allocate(model, [request], rows=1, profile=model.memory, reuse=False)
         memory.fit(request, table, model.memory)
         pool = _pool(model, table, len(table.free))
         table, rows = stages.admit(table, [request.slots])
@@ -143,7 +146,7 @@ def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Le
     A GPU's tokens are read one step behind: the next step is on its way while the host looks at those of the last.
     """
     programs = lease.programs
-    most = 2 if model.pads else 1  # steps whose tokens are on their way to the host
+    most = AHEAD[model.pads]
     runs: dict[int, Run] = {}  # by row
     prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
     features: dict[int, VisionTokens] = {}  # of their images, by request

@@ -90,7 +90,7 @@ def load(
     config, images = _read(folder, ignore_config)
     kind = _dtype(config.dtype if dtype == "auto" else dtype)
     place = _device(device)
-    before = budget.available(place)
+    before = _planned(config, images, place, kind or torch.bfloat16, mem_fraction_static).available_before
     made = checkpoint.load(folder, config, device=place, dtype=kind, progress=progress)
     return Model(
         config=config,
@@ -122,7 +122,7 @@ def dummy(
     images = _image_config(None, parsed, name)
     kind = _dtype(parsed.dtype if dtype == "auto" else dtype) or torch.bfloat16
     place = _device(device)
-    before = budget.available(place)
+    before = _planned(parsed, images, place, kind, mem_fraction_static).available_before
     made = weights.random(parsed, seed=seed, device=place, dtype=kind)
     return Model(
         config=parsed,
@@ -152,11 +152,7 @@ def plan(
     else:
         config, images = _read(signs.FOLDER if path is None else Path(path), ())
     kind = _dtype(config.dtype if dtype == "auto" else dtype) or torch.bfloat16
-    size, before = weights.elements(config) * kind.itemsize, budget.available(place)
-    return budget.profile(
-        config, images, device=place, memory=budget.describe(place), dtype=kind, available_before=before,
-        available_after=before - size, weight_bytes=size, mem_fraction_static=mem_fraction_static,
-    )  # fmt: skip
+    return _planned(config, images, place, kind, mem_fraction_static)
 
 
 def prompt(model: Model, messages: Any) -> Prompt:
@@ -173,6 +169,17 @@ def _read(folder: Path, ignore: Collection[str]) -> tuple[Config, ImageConfig | 
         raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
     config = families.read(folder, ignore=ignore)
     return config, _image_config(ImageConfig.read(folder, ignore=ignore), config, str(folder))
+
+
+def _planned(
+    config: Config, images: ImageConfig | None, device: torch.device, dtype: torch.dtype, mem_fraction_static: float
+) -> MemoryProfile:
+    """The budget as it will be, from shapes: what cannot fit is refused before a weight is read or made."""
+    size, before = weights.elements(config) * dtype.itemsize, budget.available(device)
+    return budget.profile(
+        config, images, device=device, memory=budget.describe(device), dtype=dtype, available_before=before,
+        available_after=before - size, weight_bytes=size, mem_fraction_static=mem_fraction_static,
+    )  # fmt: skip
 
 
 def _profile(

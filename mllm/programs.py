@@ -110,6 +110,10 @@ class Shelf:
         """Bytes of the pool that is kept."""
         return sum(t.nbytes for t in leaves(self.kept.pool)) if self.kept else 0
 
+    def clear(self) -> None:
+        """Let go of what is kept."""
+        self.kept = None
+
     def take(self, model: Model, pages: int, make_pool: Callable[[], KVPool]) -> Lease:
         """What is kept, if its pool has `pages` usable pages or more; or new programs over a new pool."""
         kept, self.kept = self.kept, None
