@@ -159,7 +159,7 @@ def empty(
     2.3 times as fast so, and with many rows as fast. What is only looked up, row by row, lies in rows.
     """
     looked_up = path == "vision.position" or (path == "text.embed" and not config.text.tie_word_embeddings)
-    by_column = torch.device(device).type == "cpu" and len(shape) == 2 and shape[0] > shape[1] and not looked_up
+    by_column = dtype != torch.float32 and torch.device(device).type == "cpu" and len(shape) == 2 and shape[0] > shape[1] and not looked_up
     made = torch.empty(shape[::-1] if by_column else shape, dtype=dtype, device=device)
     return made.t() if by_column else made
 

@@ -28,14 +28,21 @@ class Tables(NamedTuple):
     vision_ops: Callable[[int], Ops] | None = None
 
 
-def tables_for(device: str | torch.device) -> Tables:
+def tables_for(device: str | torch.device, dtype: torch.dtype) -> Tables:
     """The tables of a device. Raises `MissingPackageError` for one without kernels, or whose packages are not there."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return Tables(ops=CPU)
+        return _compiled_tables() if dtype == torch.float32 else Tables(ops=CPU)
     if kind != "cuda":
         raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu, cuda")
     return _cuda_tables(wide=torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+@lru_cache(maxsize=1)
+def _compiled_tables() -> Tables:
+    from mllm.kernels.cpu_decode import DECODE  # here: importing numba takes half a second, and compiling ten, once
+
+    return Tables(ops=CPU, decode_ops=lambda rows: DECODE)
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,74 @@
+"""The ends of a decode step, compiled: the likeliest token of each row, and the batch one token further."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from mllm.batch import ForwardBatch, SamplingBatch
+from mllm.kernels import reference
+from mllm.kernels.cpu_lanes import compiled, f32, i32, i64, team, threads
+from mllm.kernels.ops import NOT_FINITE
+
+INFINITY = 0x7F800000  # the bits of the float; those of a NaN are larger
+
+
+@compiled()
+def _best(logits, count):
+    """The first of the largest numbers, `NOT_FINITE` where one is a NaN or an infinity."""
+    values, bits = f32(logits, count), i32(logits, count)
+    best, worst = np.int32(-INFINITY), np.int32(0)
+    for i in range(count):  # as whole numbers, which become vectors even where there may be a NaN
+        size = bits[i] & np.int32(0x7FFFFFFF)
+        worst = max(worst, size)
+        best = max(best, size if bits[i] >= 0 else -size)
+    if worst >= INFINITY:
+        return NOT_FINITE
+    for i in range(count):
+        size = bits[i] & np.int32(0x7FFFFFFF)
+        if (size if bits[i] >= 0 else -size) == best:
+            return i
+    return NOT_FINITE
+
+
+@compiled("void(int64, int64, int64, int64, int64)", parallel=True)
+def _argmax(logits, rows, count, out, parts):
+    tokens, before = i32(out, rows), team(parts)
+    for part in numba.prange(parts):
+        for row in range(rows * part // parts, rows * (part + 1) // parts):
+            tokens[row] = _best(logits + 4 * row * count, count)
+    team(before)
+
+
+def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor) -> Tensor:
+    if not sampling.greedy:
+        return reference.sample(logits, sampling, lengths)
+    logits, (rows, count) = logits.contiguous(), logits.shape
+    out = torch.empty(rows, dtype=torch.int32)
+    _argmax(logits.data_ptr(), rows, count, out.data_ptr(), min(threads(), rows))
+    return out
+
+
+@compiled("void(" + "int64, " * 8 + "int64)")
+def _advance(tokens, new, positions, slots, lengths, pages, rows, listed, page_size):
+    token, chosen, place = i32(tokens, rows), i32(new, rows), i32(positions, 3 * rows)
+    slot, length, page = i64(slots, rows), i32(lengths, rows), i32(pages, rows * listed)
+    for row in range(rows):
+        token[row] = max(chosen[row], 0)  # a row that failed goes on with some token until the host ends it
+        index = length[row]  # of the newest token: the old length
+        if index > 0:
+            at = min(index // page_size, listed - 1)
+            slot[row] = np.int64(page[row * listed + at]) * page_size + index % page_size
+            length[row] += 1
+            for axis in range(3):
+                place[axis * rows + row] += 1
+
+
+def advance_(batch: ForwardBatch, tokens: Tensor, *, page_size: int) -> None:
+    rows, listed = batch.pages.shape
+    _advance(
+        batch.tokens.data_ptr(), tokens.contiguous().data_ptr(), batch.positions.data_ptr(), batch.slots.data_ptr(),
+        batch.lengths.data_ptr(), batch.pages.data_ptr(), rows, listed, page_size,
+    )  # fmt: skip
