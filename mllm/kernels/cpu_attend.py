@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numba
 import numpy as np
 import torch
 from attrs import frozen
@@ -18,8 +17,9 @@ from torch import Tensor
 from mllm.batch import ForwardBatch
 from mllm.config import TextConfig
 from mllm.kernels import rotary
-from mllm.kernels.cpu_lanes import LANES, compiled, exp, f32, i32, i64, mix, team, threads
+from mllm.kernels.cpu_lanes import LANES, ask, compiled, exp, f32, i32, i64, mix
 from mllm.kernels.cpu_linear import norm, panel
+from mllm.kernels.cpu_team import fork, parts_for
 
 WIDE = 4 * LANES
 _mix_2x4, _mix_1x4, _mix_2x1, _mix_1x1 = mix(2, 4), mix(1, 4), mix(2, 1), mix(1, 1)
@@ -112,6 +112,13 @@ def _mix(p, ldp, rows, v, ldv, count, size, out, ldo):
 
 
 @compiled()
+def _ask_page(x, tokens, stride, size):
+    for token in range(tokens):
+        for at in range(0, size, 16):  # a line of the cache
+            ask(x + 4 * (token * stride + at))
+
+
+@compiled()
 def _group(q, group, keys, values, stride, size, pages, page_size, length, out, scores, sums):
     """Query heads [group size] over one key/value head, whose tokens lie `stride` floats apart in their pages.
 
@@ -119,7 +126,10 @@ def _group(q, group, keys, values, stride, size, pages, page_size, length, out, 
     """
     width = (size + LANES - 1) // LANES * LANES
     for first in range(0, length, page_size):
-        at = 4 * pages[first // page_size] * page_size * stride
+        at, page = 4 * pages[first // page_size] * page_size * stride, first // page_size + 1
+        _ask_page(values + at, min(page_size, length - first), stride, size)
+        if first + page_size < length:
+            _ask_page(keys + 4 * pages[page] * page_size * stride, min(page_size, length - first - page_size), stride, size)
         panel(q, size, group, keys + at, stride, min(page_size, length - first), size, scores + 4 * first, length)
     for head in range(group):
         _softmax(scores + 4 * head * length, length, np.float32(1 / np.sqrt(size)))
@@ -153,24 +163,36 @@ def _zero(x, count):
         row[i] = np.float32(0)
 
 
-@compiled("void(" + "int64, " * 3 + "float64, " + "int64, " * 16 + "int64)", parallel=True)
-def _attend(
-    qkv, q_norm, k_norm, eps, turns, slots, pages, lengths, keys, values, out,
-    rows, heads, kv_heads, size, listed, page_size, parts, total, scratch, room,
+@compiled()
+def _attend_part(
+    part, parts, qkv, q_norm, k_norm, eps, turns, slots, pages, lengths, keys, values, out,
+    rows, heads, kv_heads, size, listed, page_size, scratch, room,
 ):  # fmt: skip
-    width, half, before = (heads + 2 * kv_heads) * size, size // 2, team(parts)
-    for part in numba.prange(parts):
-        own = scratch + 4 * part * room
-        for item in range(total * part // parts, total * (part + 1) // parts):
-            row, head = item // kv_heads, item % kv_heads
-            cos = turns + 4 * row * half
-            _zero(own, room)
-            _one(
-                qkv + 4 * row * width, q_norm, k_norm, eps, cos, cos + 4 * rows * half, i64(slots, rows)[row],
-                i32(pages + 4 * row * listed, listed), page_size, max(i32(lengths, rows)[row], 1), keys, values,
-                out + 4 * row * heads * size, (heads, kv_heads, size), head, own,
-            )  # fmt: skip
-    team(before)
+    width, half, total = (heads + 2 * kv_heads) * size, size // 2, rows * kv_heads
+    own = scratch + 4 * part * room
+    for item in range(total * part // parts, total * (part + 1) // parts):
+        row, head = item // kv_heads, item % kv_heads
+        cos = turns + 4 * row * half
+        _zero(own, room)
+        _one(
+            qkv + 4 * row * width, q_norm, k_norm, eps, cos, cos + 4 * rows * half, i64(slots, rows)[row],
+            i32(pages + 4 * row * listed, listed), page_size, max(i32(lengths, rows)[row], 1), keys, values,
+            out + 4 * row * heads * size, (heads, kv_heads, size), head, own,
+        )  # fmt: skip
+
+
+_attend_fork = fork(_attend_part)
+
+
+@compiled("void(" + "int64, " * 4 + "float64, " + "int64, " * 14 + "int64)")
+def _attend(
+    parts, qkv, q_norm, k_norm, eps, turns, slots, pages, lengths, keys, values, out,
+    rows, heads, kv_heads, size, listed, page_size, scratch, room,
+):  # fmt: skip
+    _attend_fork(parts, (
+        qkv, q_norm, k_norm, eps, turns, slots, pages, lengths, keys, values, out,
+        rows, heads, kv_heads, size, listed, page_size, scratch, room,
+    ))  # fmt: skip
 
 
 @lru_cache(maxsize=16)
@@ -187,9 +209,9 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
     frequencies, axes = _constants(config.head_dim, config.rope_theta, tuple(config.mrope_section))
     turns = torch.empty(2, rows, half)
     _turns(batch.positions.data_ptr(), frequencies.data_ptr(), axes.data_ptr(), rows, half, turns.data_ptr())
-    parts = min(threads(), rows * config.num_key_value_heads)
-    group = config.num_attention_heads // config.num_key_value_heads
-    room = group * (2 * config.head_dim + LANES + batch.pages.shape[1] * page_size)
+    kv_heads, tokens = config.num_key_value_heads, batch.pages.shape[1] * page_size
+    parts = min(parts_for(rows * tokens * kv_heads * config.head_dim * 2), rows * kv_heads)
+    room = config.num_attention_heads // kv_heads * (2 * config.head_dim + LANES + tokens)
     return Plan(turns, torch.empty(parts, room), batch)
 
 
@@ -200,9 +222,8 @@ def attend_(
     heads = width // size - 2 * kv_heads
     out = torch.empty(rows, heads * size)
     _attend(
-        qkv.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), eps, plan.turns.data_ptr(), batch.slots.data_ptr(),
+        len(plan.scratch), qkv.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), eps, plan.turns.data_ptr(), batch.slots.data_ptr(),
         batch.pages.data_ptr(), batch.lengths.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-        rows, heads, kv_heads, size, batch.pages.shape[1], page_size,
-        len(plan.scratch), rows * kv_heads, plan.scratch.data_ptr(), plan.scratch.shape[1],
+        rows, heads, kv_heads, size, batch.pages.shape[1], page_size, plan.scratch.data_ptr(), plan.scratch.shape[1],
     )  # fmt: skip
     return out

@@ -5,15 +5,15 @@ MKL's take 2 to 3 times as long on an AMD core. A row's sums are taken in one or
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from mllm.kernels.cpu_lanes import compiled, exp, f32, team, threads, tile
+from mllm.kernels.cpu_lanes import compiled, exp, f32, tile
+from mllm.kernels.cpu_team import fork, parts_for
 
-_tile_4x4, _tile_2x4, _tile_1x4, _tile_1x1 = tile(4, 4), tile(2, 4), tile(1, 4), tile(1, 1)
-DEPTH = 1024  # inputs in one go: 4 rows of weights and 4 of x that long fit the first cache,
+_tile_8x2, _tile_4x4, _tile_2x4, _tile_1x4, _tile_1x1 = tile(8, 2), tile(4, 4), tile(2, 4), tile(1, 4), tile(1, 1)
+DEPTH = 1024  # inputs in one go: 8 rows of x that long and 2 of weights fit the first cache,
 ROWS = 64  # and that many rows of x the second
 
 
@@ -32,9 +32,13 @@ def panel(x, ldx, rows, w, ldw, outputs, depth, out, ldo):
     rows pass. `ldx`, `ldw` and `ldo` are the floats between two rows of each."""
     for n in range(0, outputs - 3, 4):
         weights, to = w + 4 * n * ldw, out + 4 * n
-        for r in range(0, rows - 3, 4):
+        for r in range(0, rows - 7, 8):
+            _tile_8x2(x + 4 * r * ldx, ldx, weights, ldw, depth, to + 4 * r * ldo, ldo)
+            _tile_8x2(x + 4 * r * ldx, ldx, weights + 8 * ldw, ldw, depth, to + 4 * r * ldo + 8, ldo)
+        r = rows // 8 * 8
+        if rows & 4:
             _tile_4x4(x + 4 * r * ldx, ldx, weights, ldw, depth, to + 4 * r * ldo, ldo)
-        r = rows // 4 * 4
+            r += 4
         if rows & 2:
             _tile_2x4(x + 4 * r * ldx, ldx, weights, ldw, depth, to + 4 * r * ldo, ldo)
             r += 2
@@ -69,13 +73,18 @@ def _share(count, part, parts):
     return min((count + 4 * parts - 1) // (4 * parts) * 4 * part, count)
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64)", parallel=True)
-def _linear(x, rows, depth, w, out, outputs, parts):
+@compiled()
+def _linear_part(part, parts, x, rows, depth, w, out, outputs):
+    _product(x, rows, depth, w, out, outputs, _share(outputs, part, parts), _share(outputs, part + 1, parts))
+
+
+_linear_fork = fork(_linear_part)
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64)")
+def _linear(parts, x, rows, depth, w, out, outputs):
     """out [rows outputs] += x [rows depth] @ w [outputs depth].T"""
-    before = team(parts)
-    for part in numba.prange(parts):
-        _product(x, rows, depth, w, out, outputs, _share(outputs, part, parts), _share(outputs, part + 1, parts))
-    team(before)
+    _linear_fork(parts, (x, rows, depth, w, out, outputs))
 
 
 @compiled("void(int64, int64, float64, int64, int64, int64)")
@@ -91,18 +100,23 @@ def _gate(gates, ups, count):
         up[i] = up[i] * gate[i] / (np.float32(1) + exp(-gate[i]))
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)", parallel=True)
-def _linear_gate(x, rows, depth, w, gates, out, outputs, parts):
-    """out += silu(x @ gate.T) * (x @ up.T), where w [2*outputs depth] is gate, then up; `gates` is scratch, zeros."""
-    before = team(parts)
-    for part in numba.prange(parts):
-        first, last = _share(outputs, part, parts), _share(outputs, part + 1, parts)
-        for to, skip in ((gates, 0), (out, outputs)):
-            _product(x, rows, depth, w + 4 * skip * depth, to, outputs, first, last)
-        for r in range(rows):
-            at = 4 * (r * outputs + first)
-            _gate(gates + at, out + at, last - first)
-    team(before)
+@compiled()
+def _gate_part(part, parts, x, rows, depth, w, gates, out, outputs):
+    first, last = _share(outputs, part, parts), _share(outputs, part + 1, parts)
+    for to, skip in ((gates, 0), (out, outputs)):
+        _product(x, rows, depth, w + 4 * skip * depth, to, outputs, first, last)
+    for r in range(rows):
+        at = 4 * (r * outputs + first)
+        _gate(gates + at, out + at, last - first)
+
+
+_gate_fork = fork(_gate_part)
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def _linear_gate(parts, x, rows, depth, w, gates, out, outputs):
+    """out = silu(x @ gate.T) * (x @ up.T), where w [2*outputs depth] is gate, then up; `gates` and `out` are zeros."""
+    _gate_fork(parts, (x, rows, depth, w, gates, out, outputs))
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
@@ -114,7 +128,9 @@ def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 def _plus_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """out [T N] += x [T K] @ weight [N K].T"""
     weight, (rows, depth) = weight.contiguous(), x.shape
-    _linear(x.data_ptr(), rows, depth, weight.data_ptr(), out.data_ptr(), len(weight), threads())
+    _linear(
+        parts_for(weight.numel()), x.data_ptr(), rows, depth, weight.data_ptr(), out.data_ptr(), len(weight)
+    )
     return out
 
 
@@ -134,6 +150,6 @@ def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     (rows, depth), outputs = x.shape, len(weight) // 2
     normed, weight = _normed(x, norm, eps), weight.contiguous()
     gates, out = torch.zeros(2, rows, outputs)
-    at = gates.data_ptr(), out.data_ptr()
-    _linear_gate(normed.data_ptr(), rows, depth, weight.data_ptr(), *at, outputs, threads())
+    at = normed.data_ptr(), rows, depth, weight.data_ptr(), gates.data_ptr(), out.data_ptr(), outputs
+    _linear_gate(parts_for(weight.numel()), *at)
     return x, out

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.kernels import reference
-from mllm.kernels.cpu_lanes import compiled, f32, i32, i64, team, threads
+from mllm.kernels.cpu_lanes import compiled, f32, i32, i64
+from mllm.kernels.cpu_team import fork, parts_for
 from mllm.kernels.ops import NOT_FINITE
 
 INFINITY = 0x7F800000  # the bits of the float; those of a NaN are larger
@@ -33,13 +33,19 @@ def _best(logits, count):
     return NOT_FINITE
 
 
-@compiled("void(int64, int64, int64, int64, int64)", parallel=True)
-def _argmax(logits, rows, count, out, parts):
-    tokens, before = i32(out, rows), team(parts)
-    for part in numba.prange(parts):
-        for row in range(rows * part // parts, rows * (part + 1) // parts):
-            tokens[row] = _best(logits + 4 * row * count, count)
-    team(before)
+@compiled()
+def _argmax_part(part, parts, logits, rows, count, out):
+    tokens = i32(out, rows)
+    for row in range(rows * part // parts, rows * (part + 1) // parts):
+        tokens[row] = _best(logits + 4 * row * count, count)
+
+
+_argmax_fork = fork(_argmax_part)
+
+
+@compiled("void(int64, int64, int64, int64, int64)")
+def _argmax(parts, logits, rows, count, out):
+    _argmax_fork(parts, (logits, rows, count, out))
 
 
 def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor) -> Tensor:
         return reference.sample(logits, sampling, lengths)
     logits, (rows, count) = logits.contiguous(), logits.shape
     out = torch.empty(rows, dtype=torch.int32)
-    _argmax(logits.data_ptr(), rows, count, out.data_ptr(), min(threads(), rows))
+    _argmax(min(parts_for(rows * count), rows), logits.data_ptr(), rows, count, out.data_ptr())
     return out
 
 
