@@ -6,7 +6,6 @@ normalises and rotates those, writes the new key and value, and reads both as of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -21,8 +20,8 @@ from mllm.kernels.cpu_lanes import LANES, ask, compiled, exp, f32, i32, i64, mix
 from mllm.kernels.cpu_linear import norm, panel
 from mllm.kernels.cpu_team import fork, parts_for
 
-WIDE = 4 * LANES
-_mix_2x4, _mix_1x4, _mix_2x1, _mix_1x1 = mix(2, 4), mix(1, 4), mix(2, 1), mix(1, 1)
+WIDE = 4 * LANES  # floats of a head that are summed in one go
+_mix_2, _mix_1 = mix(2, 4), mix(1, 4)
 
 
 @frozen(eq=False)
@@ -93,28 +92,19 @@ def _copy(x, count, out):
 
 @compiled()
 def _mix(p, ldp, rows, v, ldv, count, size, out, ldo):
-    """out[r] += p[r, :count] @ v[:count, :size]: two rows at a time, and four vectors wide where they fit."""
-    at = 0
-    while at < size:
-        wide = size - at >= WIDE
+    """out[r] += p[r, :count] @ v[:count, :size], two rows at a time; an ld is the floats between two rows."""
+    for at in range(0, size, WIDE):
         for r in range(0, rows - 1, 2):
-            if wide:
-                _mix_2x4(p + 4 * r * ldp, ldp, v + 4 * at, ldv, count, out + 4 * (r * ldo + at), ldo, size - at)
-            else:
-                _mix_2x1(p + 4 * r * ldp, ldp, v + 4 * at, ldv, count, out + 4 * (r * ldo + at), ldo, size - at)
+            _mix_2(p + 4 * r * ldp, ldp, v + 4 * at, ldv, count, out + 4 * (r * ldo + at), ldo, size - at)
         if rows & 1:
-            r = rows - 1
-            if wide:
-                _mix_1x4(p + 4 * r * ldp, ldp, v + 4 * at, ldv, count, out + 4 * (r * ldo + at), ldo, size - at)
-            else:
-                _mix_1x1(p + 4 * r * ldp, ldp, v + 4 * at, ldv, count, out + 4 * (r * ldo + at), ldo, size - at)
-        at += WIDE if wide else LANES
+            last = rows - 1
+            _mix_1(p + 4 * last * ldp, ldp, v + 4 * at, ldv, count, out + 4 * (last * ldo + at), ldo, size - at)
 
 
 @compiled()
-def _ask_page(x, tokens, stride, size):
+def _ask_for(x, tokens, stride, size):
     for token in range(tokens):
-        for at in range(0, size, 16):  # a line of the cache
+        for at in range(0, size, 16):  # the floats of a line
             ask(x + 4 * (token * stride + at))
 
 
@@ -122,20 +112,20 @@ def _ask_page(x, tokens, stride, size):
 def _group(q, group, keys, values, stride, size, pages, page_size, length, out, scores, sums):
     """Query heads [group size] over one key/value head, whose tokens lie `stride` floats apart in their pages.
 
-    Scratch, all zeros: `scores` [group length], `sums` [group, size in whole vectors].
+    Scratch, all zeros: `scores` [group length], `sums` [group, size in whole `WIDE`].
     """
-    width = (size + LANES - 1) // LANES * LANES
+    width = (size + WIDE - 1) // WIDE * WIDE
     for first in range(0, length, page_size):
-        at, page = 4 * pages[first // page_size] * page_size * stride, first // page_size + 1
-        _ask_page(values + at, min(page_size, length - first), stride, size)
+        at, count = 4 * pages[first // page_size] * page_size * stride, min(page_size, length - first)
+        _ask_for(values + at, count, stride, size)
         if first + page_size < length:
-            _ask_page(keys + 4 * pages[page] * page_size * stride, min(page_size, length - first - page_size), stride, size)
-        panel(q, size, group, keys + at, stride, min(page_size, length - first), size, scores + 4 * first, length)
+            _ask_for(keys + 4 * pages[first // page_size + 1] * page_size * stride, page_size, stride, size)
+        panel(q, size, group, keys + at, stride, count, size, scores + 4 * first, length)
     for head in range(group):
         _softmax(scores + 4 * head * length, length, np.float32(1 / np.sqrt(size)))
     for first in range(0, length, page_size):
-        at = 4 * pages[first // page_size] * page_size * stride
-        _mix(scores + 4 * first, length, group, values + at, stride, min(page_size, length - first), size, sums, width)
+        at, count = 4 * pages[first // page_size] * page_size * stride, min(page_size, length - first)
+        _mix(scores + 4 * first, length, group, values + at, stride, count, size, sums, width)
     for head in range(group):
         _copy(sums + 4 * head * width, size, out + 4 * head * size)
 
@@ -211,7 +201,7 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
     _turns(batch.positions.data_ptr(), frequencies.data_ptr(), axes.data_ptr(), rows, half, turns.data_ptr())
     kv_heads, tokens = config.num_key_value_heads, batch.pages.shape[1] * page_size
     parts = min(parts_for(rows * tokens * kv_heads * config.head_dim * 2), rows * kv_heads)
-    room = config.num_attention_heads // kv_heads * (2 * config.head_dim + LANES + tokens)
+    room = config.num_attention_heads // kv_heads * (2 * config.head_dim + WIDE + tokens)
     return Plan(turns, torch.empty(parts, room), batch)
 
 
@@ -222,8 +212,9 @@ def attend_(
     heads = width // size - 2 * kv_heads
     out = torch.empty(rows, heads * size)
     _attend(
-        len(plan.scratch), qkv.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), eps, plan.turns.data_ptr(), batch.slots.data_ptr(),
-        batch.pages.data_ptr(), batch.lengths.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-        rows, heads, kv_heads, size, batch.pages.shape[1], page_size, plan.scratch.data_ptr(), plan.scratch.shape[1],
+        len(plan.scratch), qkv.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), eps, plan.turns.data_ptr(),
+        batch.slots.data_ptr(), batch.pages.data_ptr(), batch.lengths.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        out.data_ptr(), rows, heads, kv_heads, size, batch.pages.shape[1], page_size,
+        plan.scratch.data_ptr(), plan.scratch.shape[1],
     )  # fmt: skip
     return out

@@ -179,7 +179,7 @@ def tile(rows: int, outputs: int) -> Any:
     """
 
     @intrinsic
-    def dot(typing, x, ldx, w, ldw, k, out, ldo):  # type: ignore[no-untyped-def]
+    def dot(typing, x, ldx, w, ldw, k, out, ldo):
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             x, ldx, w, ldw, k, out, ldo = args
             xs, ws = [_at(b, x, ldx, r) for r in range(rows)], [_at(b, w, ldw, n) for n in range(outputs)]
@@ -216,7 +216,7 @@ def mix(rows: int, vectors: int) -> Any:
     """
 
     @intrinsic
-    def add(typing, p, ldp, v, ldv, n, out, ldo, width):  # type: ignore[no-untyped-def]
+    def add(typing, p, ldp, v, ldv, n, out, ldo, width):
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             p, ldp, v, ldv, n, out, ldo, width = args
             cells = [(r, _I64(i * LANES)) for r in range(rows) for i in range(vectors)]

@@ -128,9 +128,7 @@ def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 def _plus_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """out [T N] += x [T K] @ weight [N K].T"""
     weight, (rows, depth) = weight.contiguous(), x.shape
-    _linear(
-        parts_for(weight.numel()), x.data_ptr(), rows, depth, weight.data_ptr(), out.data_ptr(), len(weight)
-    )
+    _linear(parts_for(weight.numel()), x.data_ptr(), rows, depth, weight.data_ptr(), out.data_ptr(), len(weight))
     return out
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.kernels import reference
-from mllm.kernels.cpu_lanes import compiled, f32, i32, i64
+from mllm.kernels.cpu_lanes import compiled, i32, i64
 from mllm.kernels.cpu_team import fork, parts_for
 from mllm.kernels.ops import NOT_FINITE
 
@@ -16,20 +16,27 @@ INFINITY = 0x7F800000  # the bits of the float; those of a NaN are larger
 
 
 @compiled()
+def _ordered(bits):
+    """A whole number that orders as the float with these bits does: the two zeros are one."""
+    size = bits & np.int32(0x7FFFFFFF)
+    return size if bits >= 0 else -size
+
+
+@compiled()
 def _best(logits, count):
-    """The first of the largest numbers, `NOT_FINITE` where one is a NaN or an infinity."""
-    values, bits = f32(logits, count), i32(logits, count)
-    best, worst = np.int32(-INFINITY), np.int32(0)
-    for i in range(count):  # as whole numbers, which become vectors even where there may be a NaN
-        size = bits[i] & np.int32(0x7FFFFFFF)
-        worst = max(worst, size)
-        best = max(best, size if bits[i] >= 0 else -size)
-    if worst >= INFINITY:
-        return NOT_FINITE
+    """The first of the largest numbers, `NOT_FINITE` where any is a NaN or an infinity.
+
+    As whole numbers, whose maximum becomes vector code; that of floats, which may be NaNs, does not.
+    """
+    bits = i32(logits, count)
+    best, furthest = np.int32(-INFINITY), np.int32(0)
     for i in range(count):
-        size = bits[i] & np.int32(0x7FFFFFFF)
-        if (size if bits[i] >= 0 else -size) == best:
-            return i
+        best = max(best, _ordered(bits[i]))
+        furthest = max(furthest, bits[i] & np.int32(0x7FFFFFFF))
+    if furthest < INFINITY:
+        for i in range(count):
+            if _ordered(bits[i]) == best:
+                return i
     return NOT_FINITE
 
 

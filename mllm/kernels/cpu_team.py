@@ -61,7 +61,7 @@ def fork(part: Any) -> Any:
     """
 
     @intrinsic
-    def run(typing, parts, args):  # type: ignore[no-untyped-def]
+    def run(typing, parts, args):
         kinds = (types.int64, types.int64, *args)
         part.compile(kinds)
         made = part.overloads[kinds]
