@@ -200,7 +200,7 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
     turns = torch.empty(2, rows, half)
     _turns(batch.positions.data_ptr(), frequencies.data_ptr(), axes.data_ptr(), rows, half, turns.data_ptr())
     kv_heads, tokens = config.num_key_value_heads, batch.pages.shape[1] * page_size
-    parts = min(parts_for(rows * tokens * kv_heads * config.head_dim * 2), rows * kv_heads)
+    parts = min(parts_for(rows * tokens * kv_heads * config.head_dim * 2, 1), rows * kv_heads)
     room = config.num_attention_heads // kv_heads * (2 * config.head_dim + WIDE + tokens)
     return Plan(turns, torch.empty(parts, room), batch)
 

@@ -128,7 +128,7 @@ def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 def _plus_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """out [T N] += x [T K] @ weight [N K].T"""
     weight, (rows, depth) = weight.contiguous(), x.shape
-    _linear(parts_for(weight.numel()), x.data_ptr(), rows, depth, weight.data_ptr(), out.data_ptr(), len(weight))
+    _linear(parts_for(weight.numel(), rows), x.data_ptr(), rows, depth, weight.data_ptr(), out.data_ptr(), len(weight))
     return out
 
 
@@ -149,5 +149,5 @@ def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     normed, weight = _normed(x, norm, eps), weight.contiguous()
     gates, out = torch.zeros(2, rows, outputs)
     at = normed.data_ptr(), rows, depth, weight.data_ptr(), gates.data_ptr(), out.data_ptr(), outputs
-    _linear_gate(parts_for(weight.numel()), *at)
+    _linear_gate(parts_for(weight.numel(), rows), *at)
     return x, out

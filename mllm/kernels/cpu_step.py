@@ -60,7 +60,7 @@ def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor) -> Tensor:
         return reference.sample(logits, sampling, lengths)
     logits, (rows, count) = logits.contiguous(), logits.shape
     out = torch.empty(rows, dtype=torch.int32)
-    _argmax(min(parts_for(rows * count), rows), logits.data_ptr(), rows, count, out.data_ptr())
+    _argmax(min(parts_for(rows * count, 1), rows), logits.data_ptr(), rows, count, out.data_ptr())
     return out
 
 

@@ -19,8 +19,11 @@ from numba.extending import intrinsic
 
 from mllm.errors import MissingPackageError
 
-GRAIN = 65536
-"""Floats to read that make another thread worth its while: some 5 us of work, for 1 to 3 of waking and waiting."""
+ALONE = 2**20
+"""Floats that one thread reads alone: 50 us and more. Two on idle cores halve that, and what waking them takes is 1 to 3
+us; but where other programs are busy, all wait for the one that has no core: 4 ms each time."""
+GRAIN = 2**16
+"""Floats in a part, at least."""
 
 _I32, _BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
 _VOID = ir.FunctionType(ir.VoidType(), [_BYTES])
@@ -45,9 +48,10 @@ def _find() -> None:
 _find()
 
 
-def parts_for(floats: int) -> int:
-    """In how many parts to read that many floats."""
-    return max(1, min(torch.get_num_threads(), floats // GRAIN))
+def parts_for(floats: int, rows: int) -> int:
+    """In how many parts to read that many floats for `rows` rows. Up to 8 rows it is the reading that takes time."""
+    work = floats * max(rows, 8) // 8
+    return 1 if work < ALONE else max(1, min(torch.get_num_threads(), work // GRAIN))
 
 
 def _call(b: Any, name: str, arguments: list[Any]) -> Any:
