@@ -96,7 +96,7 @@ def load(
         config=config,
         weights=made,
         memory=_profile(config, images, made, before, mem_fraction_static),
-        **tables_for(device)._asdict(),
+        **tables_for(device, made.text.embed.dtype)._asdict(),
         tokenizer=Tokenizer.load(folder),
         images=images,
         name="signs" if path is None else folder.name,
@@ -128,7 +128,7 @@ def dummy(
         config=parsed,
         weights=made,
         memory=_profile(parsed, images, made, before, mem_fraction_static),
-        **tables_for(device)._asdict(),
+        **tables_for(device, made.text.embed.dtype)._asdict(),
         images=images,
         name=name,
     )
