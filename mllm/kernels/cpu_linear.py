@@ -136,7 +136,7 @@ def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple
     return x, _plus_product(torch.zeros(len(x), len(weight)), _normed(x, norm, eps), weight)
 
 
-def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Tensor:
+def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return _plus_product(x.clone(memory_format=torch.contiguous_format), y.contiguous(), weight)
 
 
