@@ -268,7 +268,7 @@ def test_a_row_that_breaks_while_the_next_step_runs_changes_no_token_of_the_othe
             logits[0, 7] = float("inf")
         return logits
 
-    model = evolve(vision_model.ours, ops=evolve(ops, head=head))
+    model = evolve(vision_model.ours, ops=evolve(ops, head=head), decode_ops=None)
     outs = mllm.generate(model, four_prompts(vision_model), max_new_tokens=NEW, max_running_requests=3)
     assert [out.finish_reason for out in outs].count("error") == 1
     for out, whole in zip(outs, want, strict=True):
@@ -377,7 +377,7 @@ def test_a_request_that_fails_gives_its_pages_to_one_that_waits(text_model: Tiny
             logits[0] = float("nan")
         return logits
 
-    model = evolve(text_model.ours, ops=evolve(ops, head=head))
+    model = evolve(text_model.ours, ops=evolve(ops, head=head), decode_ops=None)
     prompts = [mllm.Prompt(words(n, n)) for n in (20, 21)]
     outs = mllm.generate(model, prompts, max_new_tokens=9, max_total_tokens=32)
     assert [o.finish_reason for o in outs] == ["error", "length"]
