@@ -59,8 +59,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "image_len": (s.input_len or (0,), "in={}"),  # 0: what the processor makes of the picture
         "output_len": (s.output_len, "out={}"),
         "mode": (("eager", "graph"), "{}"),
-        "padded": (("eager", "graph") if s.on_gpu else ("eager",), "{}"),  # batches that a CPU does not record
         "grid": (grids, "grid={}"),
+        "padded": (("eager", "graph") if s.on_gpu else ("eager",), "{}"),  # batches that a CPU does not record
         "how": ((GREEDY, TOP_P), "{}"),
         "peer": (s.peer, "{}"),
     }
