@@ -254,6 +254,8 @@ def _prefill_and_draw(
     batch = pack(table, [segment.chunk() for segment in part], device=model.device, size=size)
     vision = segments.crop(features, part, size.merged if size else None)
     pool, logits = programs.prefill(pool, batch, vision, padded=size is not None)
+    if not any(segment.completes for segment in part):  # nothing to wait for
+        return pool, {}
     settings = sampling_batch([s.request.sampling for s in part], size=len(part), device=model.device)
     (lengths,) = upload_all([torch.tensor([s.stop for s in part], dtype=torch.int32)], model.device)
     tokens = stages.sample(logits[: len(part)], settings, lengths, ops=model.ops).tolist()

@@ -200,8 +200,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(*, integrated: bool) -> torch.device:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(is_integrated=integrated))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * GB, 80 * GB))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda d: 5 * GB)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: 3 * GB)
+        counts = {"reserved_bytes": 5 * GB, "allocated_bytes": 3 * GB}
+        stats = {kind: {"all": {"current": count}} for kind, count in counts.items()}
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda d: stats)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GB, total=64 * GB))
         return torch.device("cuda", 0)
 

@@ -32,14 +32,14 @@ class Split(NamedTuple):
 def split_for(rows: int, kv_heads: int, tokens: int) -> Split:
     """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
 
-    One row is bound by latency: it is cut into as many splits as fill the chip, and their first tile is loaded
-    before the wait. More rows are bound by bandwidth, and keep two tiles in flight instead.
+    One row is bound by latency: its splits' first tile is loaded before the wait. More rows are bound by bandwidth:
+    about a thousand programs of one warp, which have nobody to wait for, with four tiles in flight each.
     """
     if rows > 1:
-        return Split(_cut(528 // (rows * kv_heads)), 64, 4, 2)
+        return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 4)
     if tokens > 1024:
-        return Split(_cut(264 // kv_heads), 64, 4, 1)
-    return Split(_cut(132 // kv_heads), 32, 2, 1)
+        return Split(_cut(264 // kv_heads), 64, 2, 1)
+    return Split(_cut((66 if tokens <= 512 else 132) // kv_heads), 32, 2, 1)
 
 
 def _cut(wanted: int) -> int:

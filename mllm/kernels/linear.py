@@ -125,7 +125,7 @@ def loop(inputs: int, *, gate: bool) -> Loop | None:
     """None where `linear_kernel` serves: x has to fit the registers of a program, as a power of two."""
     if inputs > 4096 or inputs != triton.next_power_of_2(inputs):
         return None
-    return Loop(max(1, (4096 if gate else 8192) // inputs), 4, 528)
+    return Loop(max(1, 8192 // inputs), 4, 396) if gate else Loop(max(1, 16384 // inputs), 8, 264)
 
 
 def _launch(

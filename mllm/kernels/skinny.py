@@ -87,6 +87,7 @@ def linear(
     rows, inputs = x.shape
     outputs = len(w) // 2 if gate else len(w)
     tile = tile_for(rows, outputs, inputs, gate=gate)
+    stages = tile.stages * 2 // w.element_size()  # the tiles are measured for 16 bits; float32 takes twice the room
     count = tile.parts if parts else 1
     each = triton.cdiv(triton.cdiv(inputs, count), tile.inputs) * tile.inputs
     count = triton.cdiv(inputs, each)
@@ -94,6 +95,6 @@ def linear(
     y = torch.empty(shape, dtype=torch.float32 if parts else dtype or x.dtype, device=x.device)
     skinny_kernel[(triton.cdiv(outputs, tile.outputs // 2 if gate else tile.outputs), count)](
         x, w, y, rows, outputs, K=inputs, KS=each, BN=tile.outputs, BK=tile.inputs,
-        BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=tile.stages, num_warps=tile.warps, **options(pdl),
+        BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=stages, num_warps=tile.warps, **options(pdl),
     )  # fmt: skip
     return y
