@@ -95,6 +95,15 @@ def rates(work: Work, seconds: float, limit: Limit | None) -> dict[str, float]:
     return found
 
 
+def first_token(rows: int, input_len: int, seconds: float) -> dict[str, float]:
+    """The figures of a point whose one new token comes from prefill, in SGLang's words."""
+    return {
+        "batch_size": rows, "input_len": input_len, "output_len": 1,
+        "prefill_latency": seconds, "prefill_throughput": rows * input_len / seconds,
+        "total_latency": seconds, "overall_throughput": rows * (input_len + 1) / seconds,
+    }  # fmt: skip
+
+
 def parameters(config: Config) -> int:
     """Elements of all matrices of a model, the encoder's included."""
     text = layer_parameters(config.text) + config.text.vocab_size * config.text.hidden_size

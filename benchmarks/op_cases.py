@@ -14,6 +14,7 @@ from benchmarks.figures import Work
 from mllm import stages, state
 from mllm.batch import ForwardBatch
 from mllm.cache import PAGE_SIZE
+from mllm.kernels.ops import Ops
 from mllm.model import Model
 from mllm.sampling import Sampling, sampling_batch
 
@@ -54,9 +55,18 @@ class Arguments:
         table = stages.commit(table, admitted, [CONTEXT] * self.rows)
         return points.carry(self.model, table, admitted, [7] * self.rows, [0] * self.rows, CONTEXT + 1)
 
+    def table(self, op: str) -> Ops:
+        """The table that `generate` would take the op from: of a decode step of so many rows, or of the encoder."""
+        model = self.model
+        if op in _EITHER:
+            return model.ops
+        if op in _VISION:
+            return model.vision_ops(GRID[0] * GRID[1]) if model.vision_ops else model.ops
+        return model.step_ops(self.rows)
+
     def plan(self, batch: ForwardBatch) -> Any:
-        ops, model = self.model.ops, self.model
-        return ops.plan(batch, config=self.text, page_size=PAGE_SIZE[model.device.type], dtype=model.dtype)
+        size = PAGE_SIZE[self.model.device.type]
+        return self.table("plan").plan(batch, config=self.text, page_size=size, dtype=self.model.dtype)
 
     def of(self, op: str) -> OpCase:
         """The case of one op. Raises `points.TooLargeError` for an op of the encoder where the model has none."""
@@ -111,7 +121,9 @@ def _norm_gate(a: Arguments) -> OpCase:
 
 def _head(a: Arguments) -> OpCase:
     x, text = a.noise(a.rows, a.sizes["E"]), a.model.weights.text
-    return OpCase(args=(x, text.norm, text.head), kwargs={"eps": a.text.rms_norm_eps}, work=linear_work(x, text.head))
+    last = torch.arange(a.rows, device=x.device)
+    return OpCase(args=(x, last, text.norm, text.head), kwargs={"eps": a.text.rms_norm_eps},
+                  work=linear_work(x, text.head))  # fmt: skip
 
 
 def _at_rows(a: Arguments) -> OpCase:
@@ -144,6 +156,14 @@ def _block(a: Arguments) -> tuple[Tensor, Any]:
     return a.noise(GRID[0] * GRID[1], weights.blocks[0].qkv.shape[1]), weights.blocks[0]
 
 
+def _cut(a: Arguments) -> OpCase:
+    config = a.model.config.vision
+    sides = [side * config.patch_size for side in GRID]
+    pixels = torch.randint(256, (*sides, 3), dtype=torch.uint8, generator=a.generator).to(a.model.device)
+    kwargs = {"patch": config.patch_size, "merge": config.spatial_merge_size}
+    return OpCase(args=(pixels,), kwargs=kwargs, work=Work(2 * pixels.nbytes, 0))
+
+
 def _patch_embed(a: Arguments) -> OpCase:
     patches, weights = _patches(a), a.model.weights.vision
     work = Work(weights.patch.nbytes + patches.patches.nbytes, 2 * weights.patch.numel() * len(patches.patches))
@@ -164,7 +184,7 @@ def _attend_images(a: Arguments) -> OpCase:
     _, w = _block(a)
     count = GRID[0] * GRID[1]
     qkv = a.noise(count, len(w.qkv))
-    plan = a.model.ops.vision_plan(_patches(a), config=a.model.config.vision)
+    plan = a.table("vision_plan").vision_plan(_patches(a), config=a.model.config.vision)
     return OpCase(args=(qkv, plan), kwargs={}, work=Work(qkv.nbytes, 4 * len(w.out) * count**2))
 
 
@@ -193,7 +213,8 @@ _TEXT: dict[str, Callable[[Arguments], OpCase]] = {
     "advance_": _advance,
 }  # fmt: skip
 _VISION: dict[str, Callable[[Arguments], OpCase]] = {
-    "patch_embed": _patch_embed, "vision_plan": _vision_plan, "layer_norm_linear": _layer_norm_linear,
+    "cut": _cut, "patch_embed": _patch_embed, "vision_plan": _vision_plan, "layer_norm_linear": _layer_norm_linear,
     "attend_images": _attend_images, "linear_bias_add": _linear_bias_add, "layer_norm_gelu": _layer_norm_gelu,
     "merge": _merge,
 }  # fmt: skip
+_EITHER = ("put_", "add_", "cut")  # what is done to prompts and pictures before anything is captured

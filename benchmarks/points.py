@@ -11,6 +11,7 @@ from attrs import frozen
 from PIL import Image
 from torch import Tensor
 
+import mllm
 from mllm import images, prompts, stages, state
 from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens, decode_batch, pack
 from mllm.budget import MemoryProfile
@@ -23,6 +24,7 @@ from mllm.sampling import Sampling, sampling_batch
 from mllm.segments import chunk
 from mllm.table import RequestTable
 
+TEXT = 32  # tokens of text beside a picture where no prompt was given
 CHUNK = 8192  # tokens in one prefill where only its result is wanted
 
 
@@ -69,20 +71,37 @@ def text_tokens(model: Model, rows: int, length: int, prompt: str | None = None)
     return allowed[torch.randint(len(allowed), (rows, length), generator=generator)].tolist()
 
 
-def multimodal_tokens(model: Model, image: Image.Image, length: int | None, text: Sequence[int]) -> list[int]:
-    """One image and text behind it, `length` tokens in all; `text` is cut or repeated to fill them.
+def image_tokens(model: Model, image: Image.Image) -> int:
+    """Tokens that a picture becomes."""
+    config = _image_config(model)
+    return images.tokens(images.grid(image.size, config), config)
 
-    Without a length, the text stays as it is. The image's tokens are never cut: a length below them is a
-    `ValueError`, as is one that leaves no token of text.
+
+def picture_tokens(model: Model, image: Image.Image, prompt: str | None, length: int | None = None) -> list[int]:
+    """A prompt with one image: `prompt` in the chat template, or `TEXT` random tokens around it.
+
+    With a `length` it has so many tokens in all: only text is cut or repeated to fill them. Raises `ValueError` where
+    the image's tokens leave no room for any.
     """
-    if model.images is None or model.config.image_token_id is None:
-        raise ValueError(f"{model.name} reads no pictures")
-    count = images.tokens(images.grid(image.size, model.images), model.images)
+    count, mark = image_tokens(model, image), model.config.image_token_id
+    assert mark is not None  # a model that reads pictures has one
+    if prompt is None:
+        first, *rest = text_tokens(model, 1, TEXT)[0]
+        tokens = [first, mark, *rest]
+    elif model.tokenizer is None:
+        raise ValueError(f"--prompt: {model.name} has no tokenizer")
+    else:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+        tokens = list(mllm.prompt(model, [{"role": "user", "content": content}]).tokens)
+    at = tokens.index(mark)
+    before, after = tokens[:at], tokens[at + 1 :]
     if length is not None:
         if length <= count:
             raise ValueError(f"--input-len {length} has no room for {count} image tokens and text")
-        text = (list(text) * -(-(length - count) // len(text)))[: length - count]
-    return [text[0], *[model.config.image_token_id] * count, *text[1:]]
+        before = before[: length - count]
+        room = length - count - len(before)
+        after = (after * -(-room // len(after)))[:room]
+    return [*before, *[mark] * count, *after]
 
 
 def lay_out(model: Model, tokens: Sequence[int], image: Image.Image | None = None) -> Expanded:

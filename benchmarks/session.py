@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks import clock, models, points, trace
 from benchmarks.figures import Limit, Work, rates
@@ -20,6 +21,11 @@ from mllm.model import Model
 
 Setup = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
 BUDGET_S = 1.0  # of timed rounds in a case
+ROW = (
+    "run_name", "batch_size", "input_len", "output_len", "prefill_latency", "prefill_throughput",
+    "median_decode_latency", "median_decode_throughput", "total_latency", "overall_throughput",
+)  # fmt: skip
+"""The keys of a row of SGLang's bench_one_batch, in its order; null where a case has no such figure."""
 ROUNDS = (5, 50)  # at least and at most, where a case does not fix them
 
 
@@ -71,6 +77,21 @@ class Session:
     def needs_vision(self) -> None:
         if self.model.images is None:
             pytest.skip(f"{self.model.name} reads no pictures")
+
+    def picture_prompt(self, length: int | None) -> tuple[Image.Image, list[int]]:
+        """The picture and the tokens of a prompt about it, `length` in all or as many as they are.
+
+        A length that is too short for the picture fails the case if the picture was asked for, and skips it if not.
+        """
+        s = self.settings
+        picture = points.picture(s.image)
+        try:
+            return picture, points.picture_tokens(self.model, picture, s.prompt, length)
+        except ValueError as error:
+            wrong = str(error)
+        if s.image is None and s.prompt is None:
+            pytest.skip(wrong)
+        pytest.fail(wrong, pytrace=False)
 
     def write_rows(self) -> None:
         if self.settings.result_jsonl is not None and self.rows:
@@ -140,15 +161,19 @@ class Case:
         self.benchmark.extra_info.update(fields)
 
     def row(self, **fields: Any) -> None:
-        """Note the fields and make them a row of the JSONL file, too."""
+        """Note the fields, and make a row of the JSONL file of everything noted. Every row has every key of `ROW`."""
         self.note(**fields)
-        self.session.rows.append({**self.session.common, **fields})
+        self.session.rows.append({**dict.fromkeys(ROW), **self.benchmark.extra_info})
 
     def trace(self, stage: str, name: str, call: Callable[[], Any]) -> None:
         """Run `call`, which is warm by now, once more under the profiler, if this stage is to be traced."""
         s = self.session.settings
-        if s.trace_dir is None or s.trace_stage not in ("all", stage):
+        if stage not in s.traced:
             return
-        path = Path(s.trace_dir) / f"{trace.file_name(stage, self.session.model.name, name)}.trace.json.gz"
-        table = trace.record(call, path, profiler=s.profiler, device=self.device)
-        self.session.remarks.append(f"{stage} {name}: {path if s.profiler == 'torch' else 'marked for nsys'}\n{table}")
+        if s.profiler == "cuda":
+            trace.mark(call, self.device)
+            self.session.remarks.append(f"{stage} {name}: marked for nsys")
+            return
+        path = Path(s.trace_dir or "") / f"{trace.file_name(stage, self.session.model.name, name)}.trace.json.gz"
+        table = trace.record(call, path, device=self.device)
+        self.session.remarks.append(f"{stage} {name}: {path}\n{table}")

@@ -74,7 +74,7 @@ OPTIONS = {
     "trace-stage": Option(default="all", choices=STAGES, help="the stage to trace"),
     "trace-start": Option(default=None, read=numbers, help="first traced decode step; half of the output if left out"),
     "trace-steps": Option(default="8", read=numbers, help="decode steps in a trace"),
-    "profiler": Option(default="torch", choices=("torch", "cuda"), help="cuda: only mark the range, for nsys"),
+    "profiler": Option(default="torch", choices=("torch", "cuda"), help="cuda: write nothing, mark ranges for nsys"),
     "correct": Option(default=None, flag=True, help="only check: prefill whole and in two parts, greedy texts equal"),
 }  # fmt: skip
 
@@ -106,6 +106,13 @@ class Settings:
     correct: bool
 
     @property
+    def traced(self) -> tuple[str, ...]:
+        """The stages to trace: into a folder, or for nsys, which needs none."""
+        if self.trace_dir is None and self.profiler == "torch":
+            return ()
+        return STAGES[1:] if self.trace_stage == "all" else (self.trace_stage,)
+
+    @property
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
 
@@ -135,7 +142,10 @@ def read(given: Callable[[str], Any]) -> Settings:
     for path in ("image", "result_jsonl", "trace_dir"):
         values[path] = values[path] and Path(values[path])
     values["dtype"] = _dtype(values["dtype"], values["device"])
-    return Settings(**values | {"correct": bool(values["correct"])})
+    found = Settings(**values | {"correct": bool(values["correct"])})
+    if found.profiler == "cuda" and not found.on_gpu:
+        raise ValueError(f"--profiler: cuda marks ranges for nsys and needs a GPU, got --device {found.device}")
+    return found
 
 
 def _one(name: str, found: tuple[int, ...]) -> int:

@@ -21,6 +21,7 @@ from mllm.prompts import Expanded
 from mllm.segments import chunk
 
 PROMPTS = ("The capital of France is", "The capital of the United Kingdom is", "Today is a sunny day and I like")
+QUESTION = "What is in the picture?"
 NEW_TOKENS = 16
 
 
@@ -37,12 +38,12 @@ def test_correct_image(session: Session) -> None:
     session.needs_vision()
     model = session.model
     picture = points.picture(session.settings.image)
-    text = model.tokenizer.encode("What is in the picture?") if model.tokenizer else points.text_tokens(model, 1, 16)[0]
-    layout = points.lay_out(model, points.multimodal_tokens(model, picture, None, text), picture)
+    text = session.settings.prompt or (QUESTION if model.tokenizer else None)
+    layout = points.lay_out(model, points.picture_tokens(model, picture, text), picture)
     start, count = layout.starts[0], layout.counts[0]
     patches = points.patches_of(model, [picture], range(start, start + count))
     vision = stages.vit(model.weights.vision, patches, config=model.config.vision, ops=model.ops)
-    _compare(session, f"a picture of {count} tokens and text", layout, vision, start + count // 2)
+    _compare(session, f"a picture of {count} tokens and {text or 'random tokens'}", layout, vision, start + count // 2)
 
 
 def _compare(session: Session, what: str, layout: Expanded, vision: VisionTokens | None, cut: int) -> None:

@@ -15,13 +15,11 @@ INPUT_LEN = 64
 
 def _prompts(case: Case, batch: int, kind: str, model: Model) -> list[mllm.Prompt]:
     s = case.session.settings
-    length = s.input_len[0] if s.input_len else INPUT_LEN
+    length = s.input_len[0] if s.input_len else None
     if kind == "text":
-        return [mllm.Prompt(tokens=t) for t in points.text_tokens(model, batch, length, s.prompt)]
+        return [mllm.Prompt(tokens=t) for t in points.text_tokens(model, batch, length or INPUT_LEN, s.prompt)]
     case.session.needs_vision()
-    picture = points.picture(s.image)
-    text = points.text_tokens(model, 1, 32, s.prompt)[0]
-    tokens = [text[0], model.config.image_token_id, *text[1:]]
+    picture, tokens = case.session.picture_prompt(length)
     return [mllm.Prompt(tokens=tokens, images=[picture]) for _ in range(batch)]
 
 

@@ -24,10 +24,10 @@ def idle_ops(model: Model, rows: int) -> Ops:
     s, device = model.config.text.sizes, model.device
     wide = {name: torch.zeros(rows, s[name], device=device) for name in "CAEFV"}
     tokens = torch.ones(rows, dtype=torch.int32, device=device)
-    made = {
-        "embed": "E", "norm_linear": "C", "attend_": "A", "linear_add": "E", "norm_gate": "F", "head": "V",
-    }  # fmt: skip
+    made = {"embed": "E", "attend_": "A", "linear_add": "E", "head": "V"}
     ops = {name: (lambda *_, out=wide[size], **__: out) for name, size in made.items()}
+    norms = {"norm_linear": "C", "norm_gate": "F"}  # which hand the residual stream back as well
+    ops |= {name: (lambda *_, out=(wide["E"], wide[size]), **__: out) for name, size in norms.items()}
     return attrs.evolve(
         model.ops, **ops, plan=lambda *_, **__: None, sample=lambda *_: tokens, advance_=lambda *_, **__: None
     )

@@ -13,30 +13,22 @@ from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.segments import chunk
 
-TEXT = 32  # tokens of text beside the picture where no length was asked for
-
 
 @pytest.mark.benchmark(group="multimodal_prefill")
 def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
     session = case.session
     session.needs_vision()
-    model, s = session.model, session.settings
+    model = session.model
     vision, weights = model.config.vision, model.weights.vision
     assert vision is not None
     assert weights is not None
-    picture = points.picture(s.image)
-    text = points.text_tokens(model, 1, TEXT, s.prompt)[0]
-    try:
-        layout = points.lay_out(model, points.multimodal_tokens(model, picture, image_len or None, text), picture)
-    except ValueError as error:
-        if s.input_len is not None and s.image is not None:
-            raise  # what was asked for cannot be
-        pytest.skip(str(error))
+    picture, tokens = session.picture_prompt(image_len or None)
+    layout = points.lay_out(model, tokens, picture)
     length, count = len(layout.tokens), layout.counts[0]
     session.fits(batch, length)
     box = {}
     box["pool"], table, rows = points.memory(model, batch, length)
-    tokens = pack(table, [chunk(layout, row) for row in rows], device=model.device)
+    packed = pack(table, [chunk(layout, row) for row in rows], device=model.device)
     at = [row * length + layout.starts[0] + i for row in range(batch) for i in range(count)]
     patches = points.patches_of(model, [picture] * batch, at)
 
@@ -44,7 +36,7 @@ def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
         return stages.vit(weights, patches, config=vision, ops=ops)
 
     def call(pool, ops=model.ops):
-        box["pool"], logits = stages.prefill(model.weights, pool, tokens, encode(ops), config=model.config, ops=ops)
+        box["pool"], logits = stages.prefill(model.weights, pool, packed, encode(ops), config=model.config, ops=ops)
         return logits
 
     item, grid = model.dtype.itemsize, layout.grids[0]
@@ -57,7 +49,7 @@ def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
     if case.seconds is not None:
         alone = min(clock.wall(lambda: encode(model.ops), case.device) for _ in range(3))
         case.row(
-            batch_size=batch, input_len=length, output_len=1, cuda_graph=False,
+            **figures.first_token(batch, length, case.seconds), cuda_graph=False,
             vit_prefill_ms=alone * 1e3, vit_prefill_tokens=batch * count,
             vit_prefill_throughput=batch * count / alone,
             multimodal_prefill_ms=case.seconds * 1e3, multimodal_prefill_tokens=batch * length,

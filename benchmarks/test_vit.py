@@ -24,8 +24,8 @@ def test_vit_image(case: Case) -> None:
     case.session.needs_vision()
     picture = points.picture(case.session.settings.image)
     model = case.session.model
-    count = len(points.lay_out(model, points.multimodal_tokens(model, picture, None, [0]), picture).tokens) - 1
-    _run(case, points.patches_of(model, [picture], range(count)), f"image={picture.size[0]}x{picture.size[1]}")
+    patches = points.patches_of(model, [picture], range(points.image_tokens(model, picture)))
+    _run(case, patches, f"image={picture.size[0]}x{picture.size[1]}")
 
 
 def _run(case: Case, patches: PatchBatch, name: str) -> None:

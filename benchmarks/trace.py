@@ -21,22 +21,23 @@ def file_name(stage: str, model: str, point: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", f"{stage}-{model}-{point}")
 
 
-def record(call: Callable[[], Any], path: Path, *, profiler: str, device: str) -> str:
-    """Run `call` once under the profiler, write `path`, and return the table of key averages.
+def mark(call: Callable[[], Any], device: str) -> None:
+    """Run `call` once between cudaProfilerStart and Stop, with the device idle at both.
 
-    profiler "cuda" writes nothing: it marks the range with cudaProfilerStart and Stop, for
-    `nsys profile --capture-range=cudaProfilerApi pytest benchmarks ...`.
+    For `nsys profile --capture-range=cudaProfilerApi --capture-range-end=repeat pytest benchmarks --profiler cuda ...`,
+    which writes a report for each range.
     """
+    synchronize(device)
+    torch.cuda.profiler.start()
+    call()
+    synchronize(device)
+    torch.cuda.profiler.stop()
+
+
+def record(call: Callable[[], Any], path: Path, *, device: str) -> str:
+    """Run `call` once under PyTorch's profiler, write `path`, and return the table of key averages."""
     gpu = torch.device(device).type == "cuda"
     synchronize(device)
-    if profiler == "cuda":
-        if not gpu:
-            return "--profiler cuda needs --device cuda; nothing was marked"
-        torch.cuda.profiler.start()
-        call()
-        torch.cuda.synchronize(device)
-        torch.cuda.profiler.stop()
-        return ""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=kinds, with_stack=True, record_shapes=True) as found:
         call()

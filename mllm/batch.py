@@ -147,8 +147,8 @@ def upload(host: S, device: str | torch.device) -> S:
 
 def upload_all(tensors: Sequence[Tensor], device: str | torch.device) -> list[Tensor]:
     """Tensors of the host on the device, all in one pinned copy that nobody waits for."""
-    if torch.device(device).type == "cpu":
-        return list(tensors)
+    if torch.device(device).type != "cuda":
+        return [t.to(device) for t in tensors]
     at = np.cumsum([0, *(-(-t.nbytes // 16) * 16 for t in tensors)]).tolist()  # kernels like aligned addresses
     staged = torch.empty(at[-1], dtype=torch.uint8, pin_memory=True)
     for t, begin in zip(tensors, at[:-1], strict=True):

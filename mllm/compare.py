@@ -18,7 +18,10 @@ from attrs import frozen
 
 @frozen(kw_only=True)
 class Change:
-    """One case in both files; medians in seconds. `spread` is the larger interquartile range over the median."""
+    """One case in both files; medians in seconds.
+
+    spread: the larger interquartile range of the rounds, over its median: what the same code may differ by.
+    """
 
     name: str
     old: float
@@ -41,8 +44,12 @@ class Comparison:
     hardware: tuple[str, str]
 
     def slower(self, threshold: float) -> tuple[Change, ...]:
-        """The cases whose median grew by more than `threshold` (0.05 is 5 %)."""
-        return tuple(change for change in self.changes if change.ratio > 1 + threshold)
+        """The cases whose median grew by more than `threshold` (0.05 is 5 %) and by more than their spread."""
+        return tuple(change for change in self.changes if change.ratio > 1 + max(threshold, change.spread))
+
+    def unsure(self, threshold: float) -> tuple[Change, ...]:
+        """The cases that look slower, but whose rounds differ by more than that among themselves."""
+        return tuple(change for change in self.changes if threshold < change.ratio - 1 <= change.spread)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -101,10 +108,11 @@ def table(found: Comparison, threshold: float) -> str:
     """One line a case: medians in milliseconds, the change, the spread of the rounds, and what is wrong with it."""
     width = max((len(name) for name in (*(c.name for c in found.changes), *found.missing, *found.added)), default=4)
     lines = [f"{'case':{width}}  {'old ms':>10}  {'new ms':>10}  {'change':>8}  {'spread':>7}"]
-    slow = set(found.slower(threshold))
+    words = dict.fromkeys(found.slower(threshold), "  SLOWER")
+    words |= dict.fromkeys(found.unsure(threshold), "  within its spread")
     for c in found.changes:
         line = f"{c.name:{width}}  {c.old * 1e3:10.4f}  {c.new * 1e3:10.4f}  {c.ratio - 1:+8.1%}  {c.spread:7.1%}"
-        lines.append(line + ("  SLOWER" if c in slow else ""))
+        lines.append(line + words.get(c, ""))
     lines += [f"{name:{width}}  MISSING from the new file" for name in found.missing]
     lines += [f"{name:{width}}  NEW: not in the old file" for name in found.added]
     return "\n".join(lines)
@@ -118,14 +126,18 @@ def problems(found: Comparison, threshold: float, *, allow_new: bool = False) ->
     if not found.changes:
         wrong.append("no case is in both files")
     if found.missing:
-        wrong.append(f"{len(found.missing)} cases of the old file are missing (renamed, skipped or not run)")
+        wrong.append(f"{_cases(len(found.missing))} missing from the new file: renamed, skipped or not run")
     if found.added and not allow_new:
-        wrong.append(f"{len(found.added)} cases are new (--allow-new accepts them)")
+        wrong.append(f"{_cases(len(found.added))} new (--allow-new accepts that)")
     if slow := found.slower(threshold):
         worst = max(slow, key=lambda change: change.ratio)
-        wrong.append(f"{len(slow)} cases are more than {threshold:.0%} slower, most of all {worst.name}: "
+        wrong.append(f"{_cases(len(slow))} more than {threshold:.0%} slower, most of all {worst.name}: "
                      f"{worst.ratio - 1:+.1%}")  # fmt: skip
     return wrong
+
+
+def _cases(count: int) -> str:
+    return "1 case is" if count == 1 else f"{count} cases are"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,5 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in wrong:
         print(f"FAILED: {line}", file=sys.stderr)
     if not wrong:
-        print(f"{len(found.changes)} cases, none more than {args.fail_above:.0%} slower")
+        print(f"{len(found.changes)} cases, none slower by more than {args.fail_above:.0%} and its spread")
+    if unsure := found.unsure(args.fail_above):
+        print(f"{_cases(len(unsure))} too noisy to judge at {args.fail_above:.0%}")
     return 1 if wrong else 0

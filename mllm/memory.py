@@ -45,7 +45,7 @@ def pool_pages(model: Model, table: RequestTable) -> int:
     finds it large enough: by as much as the budget has, half of what is available, and the declared limits leave.
     """
     needed, size = len(table.free), table.page_size
-    if model.device.type == "cpu":
+    if not model.pads:
         return needed
     page_bytes = size * model.memory.bytes_per_token
     free = budget.available(model.device) + model.shelf.nbytes
@@ -73,7 +73,7 @@ def _peak(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfi
     pictured = sorted((sum(request.layout.counts) for request in made), reverse=True)
     patches = max(requests.largest_batch(model, request) for request in made)
     pages = -(-held // profile.page_size)
-    padded, listed = buckets.decode_size(model.device, rows, pages, pages)
+    padded, listed = buckets.decode_size(model.pads, rows, pages, pages)
     load = Load(
         prefill_tokens=min(PREFILL_TOKENS, buckets.quarter(sum(request.length for request in made), 16)), rows=padded,
         context=min(max(request.length for request in made), profile.effective_tokens),

@@ -51,6 +51,11 @@ class Model:
         return self.decode_ops(rows) if self.decode_ops else self.ops
 
     @property
+    def pads(self) -> bool:
+        """Whether batches are padded to sizes that come again (`mllm.buckets`), for the sake of recordings."""
+        return self.prompt_ops is not None
+
+    @property
     def device(self) -> torch.device:
         return self.weights.text.embed.device
 
@@ -91,7 +96,7 @@ def load(
         config=config,
         weights=made,
         memory=_profile(config, images, made, before, mem_fraction_static),
-        **tables_for(device)._asdict(),
+        **tables_for(device, made.text.embed.dtype)._asdict(),
         tokenizer=Tokenizer.load(folder),
         images=images,
         name="signs" if path is None else folder.name,
@@ -123,7 +128,7 @@ def dummy(
         config=parsed,
         weights=made,
         memory=_profile(parsed, images, made, before, mem_fraction_static),
-        **tables_for(device)._asdict(),
+        **tables_for(device, made.text.embed.dtype)._asdict(),
         images=images,
         name=name,
     )

@@ -1,32 +1,44 @@
-"""The benchmarks' arithmetic, options, comparison and plots. The cases themselves run in `pytest benchmarks`."""
+"""The benchmarks' arithmetic and options, and one small run. The cases themselves run in `pytest benchmarks`."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
-from mllm import compare, families, plot
+import mllm
+from mllm import families, plot
+from mllm.model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir() or importlib.util.find_spec("pytest_benchmark") is None:
     pytest.skip("the benchmarks come with a checkout and need pytest-benchmark", allow_module_level=True)
 sys.path.append(str(ROOT))  # the benchmarks are a folder of the checkout, not part of the package
 
-from benchmarks import figures, points, settings  # noqa: E402
+from benchmarks import figures, points, settings, trace  # noqa: E402
 
-# The keys of SGLang's bench_one_batch results, which scripts written for those read.
-SGLANG = {
+# The keys of SGLang's bench_one_batch results (python/sglang/bench_one_batch.py), which scripts written for those read.
+SGLANG = [
     "run_name", "batch_size", "input_len", "output_len", "prefill_latency", "prefill_throughput",
-    "median_decode_latency", "median_decode_throughput", "total_latency", "overall_throughput", "device", "dtype",
-    "cuda_graph",
+    "median_decode_latency", "median_decode_throughput", "total_latency", "overall_throughput",
+]  # fmt: skip
+MEASURED = {"wall_ms", "device_ms", "bytes", "flops", "gb_s", "tflop_s", "limit_ms", "limit_share"}
+ASKED = {"run_name", "model", "device", "dtype"}
+VISION = {f"vit_prefill_{what}" for what in ("ms", "tokens", "throughput")}
+# What the cases of a group have to say, in the JSON file and in the rows of the JSONL file.
+FIELDS = {
+    "vit": MEASURED | ASKED | VISION | {"batch_size", "cuda_graph", "patches"},
+    "prefill": MEASURED | ASKED | {*SGLANG, "cuda_graph"} - {"median_decode_latency", "median_decode_throughput"},
+    "multimodal_prefill": MEASURED | ASKED | VISION | {f"multimodal_{name[4:]}" for name in VISION}
+    | {*SGLANG, "cuda_graph"} - {"median_decode_latency", "median_decode_throughput"},
+    "decode": MEASURED | ASKED | {*SGLANG, "cuda_graph", "captured", "loop_ms"},
 }  # fmt: skip
 H200 = figures.Limit(4.55e12, 790e12)  # read stream and matrix product of that card, bytes/s and flops/s
 
@@ -97,6 +109,7 @@ def test_a_point_that_does_not_fit_says_its_arithmetic() -> None:
     [
         ("batch", "0"), ("batch", "1,x"), ("batch", "1,1"), ("batch", ""), ("input-len", "-5"), ("output-len", "1.5"),
         ("grid", "16"), ("grid", "16x"), ("grid", "0x4"), ("device", "tpu"), ("dtype", "int8"), ("trace-start", "1,2"),
+        ("profiler", "cuda"),  # which needs --device cuda
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_refused_by_name(option: str, text: str) -> None:
@@ -114,64 +127,50 @@ def test_options_have_their_meaning() -> None:
     assert str(found.dtype) == "torch.bfloat16"
 
 
-def _results(**medians: float) -> dict[str, Any]:
-    """A result file as pytest-benchmark writes it, medians in seconds."""
-    cases = [
-        {
-            "fullname": f"benchmarks/test_decode.py::test_decode[{name}]", "name": f"test_decode[{name}]",
-            "group": "decode", "extra_info": {}, "stats": {"median": median, "iqr": median / 50},
-        }
-        for name, median in medians.items()
-    ]  # fmt: skip
-    return {"benchmarks": cases, "machine_info": {"machine": "x86_64", "cpu": {"brand_raw": "a CPU"}}}
+@pytest.fixture(scope="module")
+def signs() -> Model:
+    return mllm.load(dtype="float32")
 
 
-def _compare(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], *options: str) -> int:
-    for name, data in (("old", old), ("new", new)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(data))
-    return compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), *options])
+@pytest.mark.parametrize("prompt", [None, "What does the sign say?"])
+@pytest.mark.parametrize("length", [None, 17, 18, 40, 200])
+def test_only_text_fills_a_prompt_with_a_picture(signs: Model, prompt: str | None, length: int | None) -> None:
+    picture = points.drawn_picture((128, 128))  # 4 x 4 tokens
+    found = points.picture_tokens(signs, picture, prompt, length)
+    assert found.count(signs.config.image_token_id) == points.image_tokens(signs, picture) == 16
+    own = points.picture_tokens(signs, picture, prompt)
+    assert len(found) == length or (length is None and found == own)
+    assert points.lay_out(signs, found, picture).counts == (16,)
 
 
-def test_equal_results_pass_and_ten_percent_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old, slow = _results(a=0.010, b=0.020), _results(a=0.010, b=0.022)
-    assert _compare(tmp_path, old, old) == 0
-    assert _compare(tmp_path, old, slow, "--fail-above", "5%") == 1
-    shown = capsys.readouterr()
-    assert "+10.0%" in shown.out
-    assert "SLOWER" in shown.out
-    assert "test_decode[b]" in shown.err
-    assert _compare(tmp_path, old, slow, "--fail-above", "15%") == 0
+def test_a_prompt_about_a_picture_is_what_the_processor_makes(signs: Model) -> None:
+    picture, text = points.drawn_picture(), "What does the sign say?"
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    made = mllm.prompt(signs, [{"role": "user", "content": content}])
+    assert points.lay_out(signs, points.picture_tokens(signs, picture, text), picture).tokens.tolist() == (
+        points.lay_out(signs, made.tokens, picture).tokens.tolist()
+    )
 
 
-def test_a_renamed_a_missing_and_a_new_case_are_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = _results(a=0.010, b=0.020)
-    assert _compare(tmp_path, old, _results(a=0.010, c=0.020)) == 1
-    assert _compare(tmp_path, old, _results(a=0.010)) == 1
-    assert "MISSING" in capsys.readouterr().out
-    more = _results(a=0.010, b=0.020, c=0.030)
-    assert _compare(tmp_path, old, more) == 1
-    assert _compare(tmp_path, old, more, "--allow-new") == 0
-    assert _compare(tmp_path, old, _results()) == 1
-    assert _compare(tmp_path, _results(), _results()) == 1, "nothing in common is no success"
+@pytest.mark.parametrize("length", [1, 15, 16])
+def test_a_length_without_room_for_the_picture_is_refused(signs: Model, length: int) -> None:
+    with pytest.raises(ValueError, match=f"--input-len {length} has no room for 16 image tokens"):
+        points.picture_tokens(signs, points.drawn_picture((128, 128)), None, length)
 
 
-def test_results_of_other_hardware_are_not_compared(tmp_path: Path) -> None:
-    old, new = _results(a=0.010), _results(a=0.010)
-    new["machine_info"]["gpu"] = {"name": "NVIDIA H200"}
-    assert _compare(tmp_path, old, new) == 1
+def test_nsys_sees_the_traced_call_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: seen.append(name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("idle"))
+    trace.mark(lambda: seen.append("call"), "cuda")
+    assert seen == ["idle", "start", "call", "idle", "stop"]
 
 
-def test_the_folder_that_pytest_was_started_in_does_not_matter(tmp_path: Path) -> None:
-    old, new = _results(a=0.010), _results(a=0.010)
-    new["benchmarks"][0]["fullname"] = "test_decode.py::test_decode[a]"
-    assert _compare(tmp_path, old, new) == 0
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmarks": 3}'])
-def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.json").write_text(content)
-    assert compare.main([str(tmp_path / "x.json")] * 2) == 2
-    assert "x.json" in capsys.readouterr().err
+def test_stages_are_traced_into_a_folder_or_for_nsys() -> None:
+    assert settings.read({}.get).traced == ()
+    assert settings.read({"trace-dir": "x", "trace-stage": "vit"}.get).traced == ("vit",)
+    assert settings.read({"profiler": "cuda", "device": "cuda"}.get).traced == ("prefill", "decode", "vit")
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [
         sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "-q", "-p", "no:cacheprovider", "--model", "small-vl",
-        "--batch", "1,2", "--input-len", "16,96", "--output-len", "4", "--grid", "4x4", "--max-total-tokens", "150",
+        "--batch", "1,2", "--input-len", "16,96", "--output-len", "1,4", "--grid", "4x4", "--max-total-tokens", "150",
         "-k", "vit or test_prefill or test_decode or multimodal", "--benchmark-json", str(folder / "out.json"),
         "--result-jsonl", str(folder / "rows.jsonl"), "--trace-dir", str(folder / "traces"), "--trace-stage", "decode",
     ]  # fmt: skip
@@ -193,15 +192,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_row_has_the_keys_of_sglang(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
-    decode = [row for row in rows if "median_decode_latency" in row]
-    assert decode
-    assert all(row.keys() >= SGLANG for row in decode)
+    assert all(list(row)[: len(SGLANG)] == SGLANG for row in rows)
+    decode = [row for row in rows if row["median_decode_latency"] is not None]
+    assert all(row[key] is not None for row in decode for key in SGLANG)
+    assert all(row.keys() >= FIELDS["decode"] for row in decode)
     one = decode[0]
     assert one["prefill_throughput"] == pytest.approx(one["batch_size"] * one["input_len"] / one["prefill_latency"])
+    assert one["median_decode_throughput"] == pytest.approx(one["batch_size"] / one["median_decode_latency"])
     assert one["total_latency"] > one["prefill_latency"] + one["median_decode_latency"]
-    keys = set().union(*rows)
-    assert keys >= {f"{stage}_{what}" for stage in ("vit_prefill", "multimodal_prefill")
-                    for what in ("ms", "tokens", "throughput")}  # fmt: skip
+    whole = one["batch_size"] * (one["input_len"] + one["output_len"])
+    assert one["overall_throughput"] == pytest.approx(whole / one["total_latency"])
 
 
 def test_the_json_file_holds_figures_limits_and_the_machine(run: Path) -> None:
@@ -209,13 +209,21 @@ def test_the_json_file_holds_figures_limits_and_the_machine(run: Path) -> None:
     names = {case["name"] for case in data["benchmarks"]}
     assert "test_decode[bs=1-in=16-out=4-graph]" in names
     assert "test_vit[grid=4x4]" in names
+    assert {case["group"] for case in data["benchmarks"]} == FIELDS.keys()
     for case in data["benchmarks"]:
-        assert case["extra_info"].keys() >= {"wall_ms", "device_ms", "bytes", "flops", "gb_s", "tflop_s", "limit_share"}
+        assert case["extra_info"].keys() >= FIELDS[case["group"]]
         assert case["extra_info"]["wall_ms"] == pytest.approx(case["stats"]["median"] * 1e3)
     assert data["limit"]["read_gb_s"] > 0
     assert (data["memory"]["requested_tokens"], data["memory"]["effective_tokens"]) == (150, 144)
     assert data["memory"]["left_bytes"] > data["memory"]["peak_bytes"] > 0
     assert data["machine_info"]["packages"].keys() >= {"torch"}
+
+
+def test_where_one_new_token_is_asked_for_prefill_makes_the_row(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+    alone = [row for row in rows if row["output_len"] == 1 and "multimodal_prefill_ms" not in row]
+    assert [(row["batch_size"], row["input_len"]) for row in alone] == [(1, 16), (1, 96), (2, 16)]
+    assert all(row["total_latency"] == row["prefill_latency"] for row in alone)
 
 
 def test_a_point_beyond_the_pool_is_skipped(run: Path) -> None:
@@ -230,17 +238,17 @@ def test_traces_are_one_file_a_point_named_by_it(run: Path) -> None:
     assert not any(name.startswith(("vit", "prefill")) for name in names)
 
 
-def test_plots_are_drawn_from_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_drawn_described_and_tabulated(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert plot.main([str(run / "out.json"), "--into", str(tmp_path)]) == 0
-    made = [Path(line) for line in capsys.readouterr().out.split()]
-    assert [path.name for path in made] == ["latency.png", "throughput.png", "roofline.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
-
-
-def test_a_run_compares_equal_with_itself_and_not_with_a_slower_one(run: Path, tmp_path: Path) -> None:
+    *drawn, text = [Path(line) for line in capsys.readouterr().out.split()]
+    assert [path.name for path in drawn] == ["latency.png", "throughput.png", "roofline.png"]
+    shown = text.read_text()
+    for path in drawn:
+        with Image.open(path) as image:
+            assert f"![{image.info['Description']}]({path.name})" in shown
+    assert "lines for 1 row, 2 rows" in shown
     data = json.loads((run / "out.json").read_text())
-    slow = copy.deepcopy(data)
-    slow["benchmarks"][0]["stats"]["median"] *= 1.1
-    assert _compare(tmp_path, data, data) == 0
-    assert _compare(tmp_path, data, slow) == 1
+    one = next(case for case in data["benchmarks"] if case["name"] == "test_prefill[bs=1-in=96]")
+    assert f" {one['extra_info']['wall_ms']:.2f} (" in shown
+    assert "| 2 rows, eager |" in shown

@@ -66,7 +66,7 @@ def test_a_padded_prefill_writes_and_gives_what_the_reference_does(model: mllm.M
     empty = KVPool.empty(model.config.text, pages=40, page_size=64, device="cuda", dtype=model.dtype)
     exact = pack(table, [s.chunk() for s in part], device="cuda")
     pool, want = stages.prefill(model.weights, clone(empty), exact, config=model.config, ops=REFERENCE)
-    size = buckets.prompt_size(model.device, sum(lengths), 3, max(map(table.pages_for, lengths)), 0)
+    size = buckets.prompt_size(model.pads, sum(lengths), 3, max(map(table.pages_for, lengths)), 0)
     assert size is not None
     programs, own = make_programs(model), clone(empty)
     padded = pack(table, [s.chunk() for s in part], device="cuda", size=size)
@@ -94,7 +94,7 @@ def test_padded_pictures_give_the_features_of_the_reference(model: mllm.Model, s
     exact = requests.patch_batch(model, request)
     want = stages.vit(vision, exact, config=config, ops=REFERENCE)
     eager = stages.vit(vision, exact, config=config, ops=model.ops)
-    size = buckets.patch_size(model.device, patches, len(grids), 4)
+    size = buckets.patch_size(model.pads, patches, len(grids), 4)
     padded = requests.patch_batch(model, request, size=size)
     programs = make_programs(model)
     for got in (eager, programs.vit(padded, padded=True).first(count), programs.vit(padded, padded=True).first(count)):

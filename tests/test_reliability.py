@@ -40,9 +40,9 @@ def four(model: Tiny, **options: Any) -> list[Completion]:
 def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens are read at once as on a CPU, or one step behind as on a GPU, whose batches are padded and list every page."""
     if request.param == 2:
-        monkeypatch.setitem(importlib.import_module("mllm.generate").AHEAD, "cpu", 2)
+        monkeypatch.setitem(importlib.import_module("mllm.generate").AHEAD, False, 2)
         size = buckets.decode_size
-        monkeypatch.setattr(buckets, "decode_size", lambda device, *counts: size(torch.device("cuda"), *counts))
+        monkeypatch.setattr(buckets, "decode_size", lambda pads, *counts: size(True, *counts))
     return int(request.param)
 
 
@@ -267,7 +267,7 @@ def test_a_row_that_breaks_while_the_next_step_runs_changes_no_token_of_the_othe
             logits[0, 7] = float("inf")
         return logits
 
-    model = evolve(vision_model.ours, ops=evolve(ops, head=head))
+    model = evolve(vision_model.ours, ops=evolve(ops, head=head), decode_ops=None)
     outs = mllm.generate(model, four_prompts(vision_model), max_new_tokens=NEW, max_running_requests=3)
     assert [out.finish_reason for out in outs].count("error") == 1
     for out, whole in zip(outs, want, strict=True):
@@ -376,7 +376,7 @@ def test_a_request_that_fails_gives_its_pages_to_one_that_waits(text_model: Tiny
             logits[0] = float("nan")
         return logits
 
-    model = evolve(text_model.ours, ops=evolve(ops, head=head))
+    model = evolve(text_model.ours, ops=evolve(ops, head=head), decode_ops=None)
     prompts = [mllm.Prompt(words(n, n)) for n in (20, 21)]
     outs = mllm.generate(model, prompts, max_new_tokens=9, max_total_tokens=32)
     assert [o.finish_reason for o in outs] == ["error", "length"]

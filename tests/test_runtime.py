@@ -224,7 +224,7 @@ class RuntimeMachine(RuleBasedStateMachine):
             left[0] -= 1
             return real(*args, **kwargs)
 
-        return evolve(self.model, ops=evolve(self.model.ops, **{op: fails}))
+        return evolve(self.model, ops=evolve(self.model.ops, **{op: fails}), decode_ops=None)
 
 
 @pytest.fixture

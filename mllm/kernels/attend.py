@@ -86,10 +86,13 @@ def _norm_rotate(x, pair, w, w_pair, c, s, eps, D: tl.constexpr):
 @triton.jit
 def _tile(keys, values, pages, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr,
           TILE: tl.constexpr):  # fmt: skip
-    """Keys and values [TILE DP] of tokens from t of one head; zeros from `end` on. A tile lies within one page."""
+    """Keys and values [TILE DP] of tokens from t of one head; zeros from `end` on."""
     d = tl.arange(0, DP)
     token = t + tl.arange(0, TILE)
-    page = tl.load(pages + t // S, mask=t < end, other=0).to(tl.int64)
+    if TILE <= S:  # within one page
+        page = tl.load(pages + t // S, mask=t < end, other=0).to(tl.int64)
+    else:
+        page = tl.load(pages + token // S, mask=token < end, other=0).to(tl.int64)
     at = ((page * S + token % S) * K + h)[:, None] * D + d[None, :]
     mask = (token < end)[:, None] & (d < D)[None, :]
     return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
@@ -206,7 +209,7 @@ def attend_(
         qkv, q_norm, k_norm, plan.cos, plan.sin, keys, values, plan.slots, plan.pages, plan.lengths, plan.partial,
         plan.stats, plan.arrived, out, plan.pages.shape[1], size**-0.5 * LOG2E, eps,
         H=heads, K=kv_heads, D=size, DP=max(16, triton.next_power_of_2(size)), S=page_size,
-        GP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=split.splits, TILE=min(split.tile, page_size),
+        GP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=split.splits, TILE=split.tile,
         STAGES=split.stages, num_warps=split.warps, **options(pdl),
     )  # fmt: skip
     return out
