@@ -126,7 +126,7 @@ def test_a_pool_that_stays_between_calls_is_whole_after_a_fault_or_goes(
     """As on a GPU, whose recordings belong to one pool: whatever a fault left in it, the next call is right."""
 
     put = Shelf.put
-    gpu = SimpleNamespace(device=torch.device("cuda"))
+    gpu = SimpleNamespace(pads=True)
     monkeypatch.setattr(Shelf, "put", lambda shelf, model, lease: put(shelf, gpu, lease))
     model = evolve(vision_model.ours)  # with a shelf of its own
 
