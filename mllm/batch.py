@@ -68,6 +68,12 @@ class VisionTokens(State):
         """The first `count` of them, which leaves out what padded the batch."""
         return VisionTokens(embed=self.embed[:count], deep=self.deep[:, :count], at=self.at[:count])
 
+    def padded(self, count: int) -> VisionTokens:
+        """As `count` of them, those that are added at negative places, where nothing is put."""
+        free = count - len(self.at)
+        embed, deep = (torch.nn.functional.pad(t, (0, 0, 0, free)) for t in (self.embed, self.deep))
+        return VisionTokens(embed=embed, deep=deep, at=torch.nn.functional.pad(self.at, (0, free), value=-1))
+
 
 @state
 class SamplingBatch(State):
