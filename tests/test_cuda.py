@@ -127,5 +127,5 @@ def test_an_abandoned_stream_leaves_the_next_call_right(model: mllm.Model, examp
         stream = mllm.stream(model, prompts, max_new_tokens=20)
         for _ in range(after):
             next(stream)
-        stream.close()
+        stream.close()  # type: ignore[attr-defined]
         assert [out.tokens for out in mllm.generate(model, prompts, max_new_tokens=20)] == expected

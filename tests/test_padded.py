@@ -60,7 +60,7 @@ def test_programs_and_pool_stay_with_the_model_and_are_lent_to_one_call_at_a_tim
     next(outer)
     assert padded.shelf.kept is None
     assert mllm.generate(padded, prompt, max_new_tokens=3) == first  # on a pool of its own
-    outer.close()
+    outer.close()  # type: ignore[attr-defined]
     assert padded.shelf.kept is kept
     assert not torch.is_inference_mode_enabled()
 

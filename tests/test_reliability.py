@@ -9,6 +9,7 @@ import itertools
 import random
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,9 +24,8 @@ import mllm
 from mllm import buckets, budget, segments, stages
 from mllm.cache import KVPool
 from mllm.completion import Completion
-from mllm.programs import Lease, Shelf
+from mllm.programs import Shelf
 from mllm.sampling import Sampling
-from mllm.state import is_donated
 from mllm.table import RequestTable
 
 NEW = [5, 3, 6, 4]
@@ -125,10 +125,9 @@ def test_a_pool_that_stays_between_calls_is_whole_after_a_fault_or_goes(
 ) -> None:
     """As on a GPU, whose recordings belong to one pool: whatever a fault left in it, the next call is right."""
 
-    def put(shelf: Shelf, model: mllm.Model, lease: Lease) -> None:
-        shelf.kept = None if is_donated(lease.pool) else lease
-
-    monkeypatch.setattr(Shelf, "put", put)
+    put = Shelf.put
+    gpu = SimpleNamespace(pads=True)
+    monkeypatch.setattr(Shelf, "put", lambda shelf, model, lease: put(shelf, gpu, lease))
     model = evolve(vision_model.ours)  # with a shelf of its own
 
     def run() -> list[Completion]:
@@ -237,14 +236,14 @@ def test_streams_abandoned_at_random_leave_nothing_behind(
 def test_the_features_of_a_request_that_failed_do_not_outlive_it(vision_model: Tiny, faults: Faults) -> None:
     made: list[weakref.ref[torch.Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
-        vit = stages.vit
+        join = segments.join
 
-        def remember(*args: Any, **kwargs: Any) -> Any:
-            out = vit(*args, **kwargs)
+        def remember(*args: Any) -> Any:
+            out = join(*args)
             made.append(weakref.ref(out.embed))
             return out
 
-        patch.setattr(stages, "vit", remember)
+        patch.setattr(segments, "join", remember)
         prompts = [mllm.Prompt([IMAGE], [picture(16, 16)]), mllm.Prompt(words(5))]
         faults.arm(Boundary("prefill", 0, after=True), torch.OutOfMemoryError("no memory"))
         pieces = mllm.stream(vision_model.ours, prompts, max_new_tokens=9, max_running_requests=1)

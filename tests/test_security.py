@@ -28,6 +28,9 @@ import mllm, PIL.Image
 from mllm import images, environment
 import mllm.tokenizer, tokenizers, safetensors, jinja2.sandbox
 
+# what the process compiles for itself, and keeps in caches that belong to the package or the user, comes first
+mllm.generate(mllm.load(dtype="float32"), [mllm.Prompt([1, 2, 3])], max_new_tokens=3)
+
 folder = os.path.realpath(sys.argv[1])
 readable = (*map(os.path.realpath, [folder, sys.prefix, sys.base_prefix, *sys.path]), "/proc", "/sys", "/usr", "/lib",
             "/etc/ld", "/dev/null")
