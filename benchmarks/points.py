@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 import mllm
-from mllm import images, prompts, stages, state
-from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens, decode_batch, pack
+from mllm import buckets, images, prompts, stages, state
+from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, Size, VisionTokens, decode_batch, pack
 from mllm.budget import MemoryProfile
 from mllm.cache import PAGE_SIZE, KVPool
 from mllm.image_config import ImageConfig
@@ -149,15 +149,39 @@ def greedy(model: Model, rows: int) -> SamplingBatch:
     return sampling_batch([Sampling()] * rows, size=rows, device=model.device)
 
 
-def patches_of(model: Model, pictures: Sequence[Image.Image], at: Sequence[int]) -> PatchBatch:
-    """Preprocess pictures; merged patch m belongs to the token at `at[m]`."""
+def prompt_size(model: Model, table: RequestTable, tokens: int, rows: int, merged: int, mode: str) -> Size | None:
+    """What `generate` pads such a prefill batch to, for mode "graph"; None for "eager".
+
+    Raises `TooLargeError` for a batch that is never recorded.
+    """
+    if mode == "eager":
+        return None
+    size = buckets.prompt_size(model.pads, tokens, rows, table.pages_for(-(-tokens // rows)), merged)
+    if size is None:
+        raise TooLargeError(f"{tokens} tokens > {buckets.CAPTURED_TOKENS}: prefill is not recorded")
+    return size
+
+
+def _patch_size(model: Model, grids: Sequence[tuple[int, int]], unit: int, mode: str) -> tuple[int, int] | None:
+    if mode == "eager":
+        return None
+    count = sum(rows * cols for rows, cols in grids)
+    size = buckets.patch_size(model.pads, count, len(grids), unit)
+    if size is None:
+        raise TooLargeError(f"{count} patches > {buckets.CAPTURED_PATCHES}: the encoder is not recorded")
+    return size
+
+
+def patches_of(model: Model, pictures: Sequence[Image.Image], at: Sequence[int], mode: str = "eager") -> PatchBatch:
+    """Preprocess pictures; merged patch m belongs to the token at `at[m]`. Mode "graph": padded, as `generate` does."""
     config = _image_config(model)
     parts = [torch.from_numpy(images.patches(picture, config)).to(model.device) for picture in pictures]
     grids = [images.grid(picture.size, config) for picture in pictures]
-    return join_patches(parts, grids, np.array(at, np.int64), config, device=model.device)
+    size = _patch_size(model, grids, config.merge**2, mode)
+    return join_patches(parts, grids, np.array(at, np.int64), config, device=model.device, size=size)
 
 
-def random_patches(model: Model, grid: tuple[int, int]) -> PatchBatch:
+def random_patches(model: Model, grid: tuple[int, int], mode: str = "eager") -> PatchBatch:
     """One image of `grid` patches of noise, already cut: what the encoder alone is timed on."""
     config = _image_config(model)
     if grid[0] % config.merge or grid[1] % config.merge:
@@ -165,7 +189,8 @@ def random_patches(model: Model, grid: tuple[int, int]) -> PatchBatch:
     count = grid[0] * grid[1]
     noise = np.random.default_rng(count).integers(0, 256, (count, 3 * config.patch**2), np.uint8)
     parts = [torch.from_numpy(noise).to(model.device)]
-    return join_patches(parts, [grid], np.arange(count // config.merge**2), config, device=model.device)
+    size, at = _patch_size(model, [grid], config.merge**2, mode), np.arange(count // config.merge**2)
+    return join_patches(parts, [grid], at, config, device=model.device, size=size)
 
 
 def _image_config(model: Model) -> ImageConfig:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from PIL import Image
@@ -19,6 +19,7 @@ from mllm import budget
 from mllm.budget import MemoryProfile
 from mllm.model import Model
 
+T = TypeVar("T")
 Setup = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
 BUDGET_S = 1.0  # of timed rounds in a case
 ROW = (
@@ -71,6 +72,13 @@ class Session:
         """Skip the case, with the arithmetic, where the KV pool or the context cannot hold the point."""
         try:
             self.room.check(rows, input_len, output_len)
+        except points.TooLargeError as error:
+            pytest.skip(str(error))
+
+    def or_skip(self, make: Callable[..., T], *args: Any) -> T:
+        """What `make` makes of `args`; the case is skipped where that cannot run here."""
+        try:
+            return make(*args)
         except points.TooLargeError as error:
             pytest.skip(str(error))
 

@@ -9,13 +9,13 @@ from benchmarks.checks import RELATIVE
 from benchmarks.session import Case
 from mllm import stages
 from mllm.batch import VisionTokens, pack
-from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
+from mllm.programs import make_programs
 from mllm.segments import chunk
 
 
 @pytest.mark.benchmark(group="multimodal_prefill")
-def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
+def test_multimodal_prefill(case: Case, batch: int, image_len: int, padded: str) -> None:
     session = case.session
     session.needs_vision()
     model = session.model
@@ -28,32 +28,42 @@ def test_multimodal_prefill(case: Case, batch: int, image_len: int) -> None:
     session.fits(batch, length)
     box = {}
     box["pool"], table, rows = points.memory(model, batch, length)
-    packed = pack(table, [chunk(layout, row) for row in rows], device=model.device)
     at = [row * length + layout.starts[0] + i for row in range(batch) for i in range(count)]
-    patches = points.patches_of(model, [picture] * batch, at)
+    size = session.or_skip(points.prompt_size, model, table, batch * length, batch, len(at), padded)
+    patches = session.or_skip(points.patches_of, model, [picture] * batch, at, padded)
+    chunks = [chunk(layout, row) for row in rows]
+    packed, programs = pack(table, chunks, device=model.device, size=size), make_programs(model)
 
-    def encode(ops: Ops) -> VisionTokens:
-        return stages.vit(weights, patches, config=vision, ops=ops)
+    def encode() -> VisionTokens:
+        return programs.vit(patches, padded=size is not None).first(len(at))
 
-    def call(pool, ops=model.ops):
-        box["pool"], logits = stages.prefill(model.weights, pool, packed, encode(ops), config=model.config, ops=ops)
+    def call(pool):
+        features = encode() if size is None else encode().padded(size.merged)
+        box["pool"], logits = programs.prefill(pool, packed, features, padded=size is not None)
+        return logits[:batch]
+
+    def expected():
+        exact = points.patches_of(model, [picture] * batch, at)
+        features = stages.vit(weights, exact, config=vision, ops=REFERENCE)
+        tokens = pack(table, chunks, device=model.device)
+        _, logits = stages.prefill(model.weights, box["pool"], tokens, features, config=model.config, ops=REFERENCE)
         return logits
 
     item, grid = model.dtype.itemsize, layout.grids[0]
     work = figures.vit(vision, patches=(grid[0] * grid[1],) * batch, itemsize=item)
     work += figures.prefill(model.config.text, rows=batch, length=length, itemsize=item)
     logits = case.time(call, lambda: ((box["pool"],), {}), work=work)
-    assert points.relative(logits, call(box["pool"], REFERENCE)) <= RELATIVE[model.dtype]
+    if case.seconds is not None:
+        alone = min(clock.wall(encode, case.device) for _ in range(3))
+    case.trace("prefill", f"multimodal-bs={batch}-in={length}-image={count}-{padded}", lambda: call(box["pool"]))
+    assert points.relative(logits, expected()) <= RELATIVE[model.dtype]
     assert points.relative(logits, logits[:1].expand_as(logits)) <= RELATIVE[model.dtype], "equal rows differ"
 
     if case.seconds is not None:
-        alone = min(clock.wall(lambda: encode(model.ops), case.device) for _ in range(3))
         case.row(
-            **figures.first_token(batch, length, case.seconds), cuda_graph=False,
+            **figures.first_token(batch, length, case.seconds), captured=size is not None, cuda_graph=size is not None,
             vit_prefill_ms=alone * 1e3, vit_prefill_tokens=batch * count,
             vit_prefill_throughput=batch * count / alone,
             multimodal_prefill_ms=case.seconds * 1e3, multimodal_prefill_tokens=batch * length,
             multimodal_prefill_throughput=batch * length / case.seconds,
         )  # fmt: skip
-    name = f"multimodal-bs={batch}-in={length}-image={count}"
-    case.trace("prefill", name, lambda: call(box["pool"]))

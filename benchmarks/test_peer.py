@@ -99,6 +99,7 @@ def test_peer_decode(case: Case, pairs: Any, peer: str, batch: int, output_len: 
         long, short = (min(other.generate_seconds(n) for _ in range(2)) for n in (output_len, 1))
         token = (long - short) / steps
         case.note(peer_generate_ms=token * 1e3, times_as_fast_as_generate=token / case.seconds)
+        case.session.remarks[-1] += f"; generate {token * 1e3:.3f} ms, {token / case.seconds:.2f} times"
 
 
 def _length(case: Case) -> int:

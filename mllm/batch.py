@@ -68,6 +68,12 @@ class VisionTokens(State):
         """The first `count` of them, which leaves out what padded the batch."""
         return VisionTokens(embed=self.embed[:count], deep=self.deep[:, :count], at=self.at[:count])
 
+    def padded(self, count: int) -> VisionTokens:
+        """As `count` of them, those that are added at negative places, where nothing is put."""
+        free = count - len(self.at)
+        embed, deep = (torch.nn.functional.pad(t, (0, 0, 0, free)) for t in (self.embed, self.deep))
+        return VisionTokens(embed=embed, deep=deep, at=torch.nn.functional.pad(self.at, (0, free), value=-1))
+
 
 @state
 class SamplingBatch(State):
@@ -147,8 +153,8 @@ def upload(host: S, device: str | torch.device) -> S:
 
 def upload_all(tensors: Sequence[Tensor], device: str | torch.device) -> list[Tensor]:
     """Tensors of the host on the device, all in one pinned copy that nobody waits for."""
-    if torch.device(device).type == "cpu":
-        return list(tensors)
+    if torch.device(device).type != "cuda":
+        return [t.to(device) for t in tensors]
     at = np.cumsum([0, *(-(-t.nbytes // 16) * 16 for t in tensors)]).tolist()  # kernels like aligned addresses
     staged = torch.empty(at[-1], dtype=torch.uint8, pin_memory=True)
     for t, begin in zip(tensors, at[:-1], strict=True):

@@ -1,12 +1,10 @@
 """Sizes that batches are padded to, so that few recordings serve many lengths. Pure functions of the host's counts.
 
 A CPU computes what it is given, so nothing is padded there. A GPU's kernels read the bounds of a batch on the device
-and pass over what lies beyond them, so a batch may be larger than what is in it.
+and pass over what lies beyond them, so a batch may be larger than what is in it: `mllm.model.Model.pads`.
 """
 
 from __future__ import annotations
-
-import torch
 
 from mllm.batch import Size
 
@@ -29,20 +27,20 @@ def quarter(count: int, low: int) -> int:
     return -(-count // step) * step
 
 
-def decode_size(device: torch.device, rows: int, longest: int, held: int) -> tuple[int, int]:
+def decode_size(pads: bool, rows: int, longest: int, held: int) -> tuple[int, int]:
     """Rows and listed pages of a decode batch whose longest row has `longest` pages now and holds `held` in all.
 
-    A CPU gathers what is listed, so it lists little and is given a new batch as rows grow. A GPU lists all that the
-    rows will ever need.
+    Without padding little is listed, since a CPU gathers what is listed, and a new batch is made as rows grow. With it
+    all is listed that the rows will ever need.
     """
-    if device.type == "cpu":
+    if not pads:
         return rows, power_of_two(longest)
     return power_of_two(rows), power_of_two(held)
 
 
-def prompt_size(device: torch.device, tokens: int, rows: int, listed: int, merged: int) -> Size | None:
+def prompt_size(pads: bool, tokens: int, rows: int, listed: int, merged: int) -> Size | None:
     """What a prefill batch is padded to; None where it runs as it is, unrecorded."""
-    if device.type == "cpu" or tokens > CAPTURED_TOKENS:
+    if not pads or tokens > CAPTURED_TOKENS:
         return None
     return Size(
         tokens=quarter(tokens, 16),
@@ -52,8 +50,8 @@ def prompt_size(device: torch.device, tokens: int, rows: int, listed: int, merge
     )
 
 
-def patch_size(device: torch.device, patches: int, images: int, unit: int) -> tuple[int, int] | None:
+def patch_size(pads: bool, patches: int, images: int, unit: int) -> tuple[int, int] | None:
     """Patches, a multiple of `unit`, and images that an image batch is padded to; None where it runs as it is."""
-    if device.type == "cpu" or patches > CAPTURED_PATCHES:
+    if not pads or patches > CAPTURED_PATCHES:
         return None
     return -(-quarter(patches, 64) // unit) * unit, power_of_two(images)

@@ -105,10 +105,10 @@ def available(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if _is_integrated(device):
-        return int(psutil.virtual_memory().available) + cached
-    return torch.cuda.mem_get_info(device)[0] + cached
+    free = torch.cuda.mem_get_info(device)[0]  # first, since it wakes CUDA, and before that there are no statistics
+    stats = torch.cuda.memory_stats_as_nested_dict(device)  # `memory_reserved` takes 0.4 ms to flatten all of it
+    cached = stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
+    return cached + (int(psutil.virtual_memory().available) if _is_integrated(device) else free)
 
 
 def describe(device: torch.device) -> str:

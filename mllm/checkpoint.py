@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mllm.config import Config
 from mllm.errors import CheckpointError
-from mllm.weights import Weights, build, empty
+from mllm.weights import Weights, build
 
 # Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
 # the prefixes of the family, below. A stored tensor has the shape of its field, unless sizes follow its name.
@@ -123,7 +123,7 @@ def load(
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
-            return _stack(joined[path], empty(path, config, shape, device=device, dtype=kind))
+            return _stack(joined[path], torch.empty(shape, device=device, dtype=kind))
 
         return build(config, make)
 

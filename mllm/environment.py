@@ -16,6 +16,7 @@ import mllm
 PACKAGES = {
     "triton": "triton", "flashinfer": "flashinfer-python", "transformers": "transformers", "tokenizers": "tokenizers",
     "safetensors": "safetensors", "pillow": "pillow", "attrs": "attrs", "numpy": "numpy",
+    "numba": "numba",
 }  # fmt: skip
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "TRITON_INTERPRET")
 

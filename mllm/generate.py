@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import islice
 
 import torch
@@ -33,6 +32,9 @@ from mllm.segments import Segment
 from mllm.state import alias
 from mllm.table import RequestTable
 
+AHEAD = {False: 1, True: 2}  # by whether the model pads
+"""Steps whose tokens may be on their way to the host at once: more than one only where a batch lists all the pages that its
+rows will need (`buckets.decode_size`), for a new batch starts from tokens that were read."""
 GREEDY = Sampling()
 
 
@@ -56,8 +58,8 @@ def generate(
     can never run. What fails later fails its own request, with `finish_reason` "error": a picture that cannot be
     decoded, logits that are not finite. Memory that runs out fails the requests of the batch that needed it (one in
     the encoder, those of a prefill batch, those that decode together); the others' keys and values are as they were,
-    and they go on. Any other exception, and closing a stream, ends the call: nothing outlives it, so the next one
-    finds what this one found.
+    and they go on. Any other exception, and closing a stream, ends the call. The next one finds every page free: what
+    a GPU keeps for it, programs and pool, is let go of where a stage was at work on the pool.
     """
     made = requests.make_all(model, prompts, max_new_tokens, sampling)
     pieces: list[list[Piece]] = [[] for _ in made]
@@ -88,7 +90,7 @@ def score(model: Model, prompts: Sequence[Prompt]) -> list[Tensor]:
     programs = make_programs(model)
     for request in requests.make_all(model, prompts, 1, GREEDY):
         memory.check_score(model, request.length)
-        table = memory.allocate(model, [request], rows=1, profile=model.memory)
+        table = memory.allocate(model, [request], rows=1, profile=model.memory, reuse=False)
         memory.fit(request, table, model.memory)
         pool = _pool(model, table, len(table.free))
         table, rows = stages.admit(table, [request.slots])
@@ -131,8 +133,7 @@ def _pool(model: Model, table: RequestTable, pages: int) -> KVPool:
 
 def _loop(model: Model, waiting: deque[Request], table: RequestTable) -> Iterator[Piece]:
     """Lend the turns what they run on, and take it back however they end."""
-    make_pool = partial(_pool, model, table, memory.pool_pages(model, table))
-    lease = model.shelf.take(model, len(table.free), make_pool)
+    lease = model.shelf.take(model, len(table.free), lambda: _pool(model, table, memory.pool_pages(model, table)))
     try:
         yield from _turns(model, waiting, table, lease)
     finally:
@@ -145,7 +146,7 @@ def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Le
     A GPU's tokens are read one step behind: the next step is on its way while the host looks at those of the last.
     """
     programs = lease.programs
-    most = 2 if model.device.type == "cuda" else 1  # steps whose tokens are on their way to the host
+    most = AHEAD[model.pads]
     runs: dict[int, Run] = {}  # by row
     prompts: deque[list[Segment]] = deque()  # the admitted prompts' tokens, in batches to prefill
     features: dict[int, VisionTokens] = {}  # of their images, by request
@@ -163,7 +164,9 @@ def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Le
             failed = {row for row, _ in pieces}
             prompts.extend(segments.cut([(runs[r].request, r) for r in rows if r not in failed], limit=PREFILL_TOKENS))
         drawn: dict[int, int] = {}  # the next token of each row that has one
-        kept = alias(lease.pool)  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
+        kept = alias(
+            lease.pool
+        )  # where a stage fails: it wrote only slots beyond what is committed, so nobody's tokens
         if reads and (batch is None or len(reads) == most or min(r.wanted for r in decoding) <= len(reads)):
             drawn = {row: token for row, token in reads.popleft().get() if row in runs}
         elif prompts:
@@ -191,7 +194,7 @@ def _turns(model: Model, waiting: deque[Request], table: RequestTable, lease: Le
             else:
                 longest += 1
                 table = stages.commit(table, [run.row for run in decoding], [1] * len(decoding))
-                reads.append(Read(tokens, [run.row for run in decoding]))
+                reads.append(Read(tokens, [run.row for run in decoding], programs.reads))
         pieces += [(row, runs[row].push(token, model.config.end_tokens)) for row, token in drawn.items()]
         yield from (piece for _, piece in pieces)
         if done := [row for row, piece in pieces if piece.finish_reason]:
@@ -230,7 +233,7 @@ def _encode(model: Model, programs: Programs, request: Request) -> VisionTokens:
     for part in requests.image_batches(model, request):
         grids, tokens = request.layout.grids[part], sum(request.layout.counts[part])
         patches = sum(rows * cols for rows, cols in grids)
-        size = buckets.patch_size(model.device, patches, len(grids), patches // tokens)
+        size = buckets.patch_size(model.pads, patches, len(grids), patches // tokens)
         made = programs.vit(requests.patch_batch(model, request, part, size), padded=size is not None)
         parts.append(made.first(tokens))
     return segments.join(parts)
@@ -247,10 +250,12 @@ def _prefill_and_draw(
 ) -> tuple[KVPool, dict[int, int]]:
     """Run one batch of prompt segments; the first new token of each row whose prompt ends in it. Commits nothing."""
     count, listed = sum(s.stop - s.start for s in part), max(table.pages_for(s.stop) for s in part)
-    size = buckets.prompt_size(model.device, count, len(part), listed, segments.pictured(part))
+    size = buckets.prompt_size(model.pads, count, len(part), listed, segments.pictured(part))
     batch = pack(table, [segment.chunk() for segment in part], device=model.device, size=size)
     vision = segments.crop(features, part, size.merged if size else None)
     pool, logits = programs.prefill(pool, batch, vision, padded=size is not None)
+    if not any(segment.completes for segment in part):  # nothing to wait for
+        return pool, {}
     settings = sampling_batch([s.request.sampling for s in part], size=len(part), device=model.device)
     (lengths,) = upload_all([torch.tensor([s.stop for s in part], dtype=torch.int32)], model.device)
     tokens = stages.sample(logits[: len(part)], settings, lengths, ops=model.ops).tolist()
@@ -269,7 +274,7 @@ def _decode_batch(
 ) -> tuple[ForwardBatch, SamplingBatch]:
     """The carry of decode for these rows, with room for contexts of `longest` tokens, and their settings."""
     held = max(int(table.held[run.row]) for run in runs)
-    size, listed = buckets.decode_size(model.device, len(runs), table.pages_for(longest), held)
+    size, listed = buckets.decode_size(model.pads, len(runs), table.pages_for(longest), held)
     batch = decode_batch(
         table,
         [run.row for run in runs],

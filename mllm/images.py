@@ -85,7 +85,8 @@ def pixels(image: Image.Image, config: ImageConfig) -> NDArray[np.uint8]:
     """
     rows, cols = grid(check_image(image).size, config)
     size = cols * config.patch, rows * config.patch
-    return np.asarray(rgb(image).resize(size, Image.Resampling.BICUBIC))
+    plain = rgb(image)
+    return np.asarray(plain if plain.size == size else plain.resize(size, Image.Resampling.BICUBIC))
 
 
 def patches(image: Image.Image, config: ImageConfig) -> NDArray[np.uint8]:
@@ -101,10 +102,12 @@ def patches(image: Image.Image, config: ImageConfig) -> NDArray[np.uint8]:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; transparency is composited onto white, as in transformers 5.23 (earlier ones drop it)."""
+    """Any mode as RGB, the picture itself where it is that already; transparency is composited onto white, as in
+    transformers 5.23 (earlier ones drop it)."""
     try:
         if "A" not in image.getbands() and image.info.get("transparency") is None:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
         layer = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from mllm import buckets, budget, peak, requests
@@ -13,17 +14,25 @@ from mllm.requests import Request
 from mllm.table import RequestTable
 
 
-def allocate(model: Model, made: Sequence[Request], *, rows: int, profile: MemoryProfile) -> RequestTable:
+def allocate(
+    model: Model, made: Sequence[Request], *, rows: int, profile: MemoryProfile, reuse: bool = True
+) -> RequestTable:
     """A request table for at most `rows` rows, over as many pages as their largest requests need or as `profile`
     allows; fewer rows where pool and peak of so many exceed what is available now.
 
+    `reuse`: whether the call will take the pool that the last one left; it has to go where a call needs its memory.
     Raises `MemoryBudgetError`, before anything is allocated, where one row exceeds it.
     """
-    free, size = budget.available(model.device) + model.shelf.nbytes, profile.page_size
+    free, size = budget.available(model.device), profile.page_size
     longest = -(-max(request.slots for request in made) // size)
-    while not _fits(model, made, rows, profile, free):
+    room = free + (model.shelf.nbytes if reuse else 0)
+    if _peak(model, made, rows, profile).total > free or not _fits(model, made, rows, profile, room):
+        model.shelf.clear()
+        gc.collect()  # earlier calls that failed may hang in their tracebacks, with their pools
+        room = budget.available(model.device)
+    while not _fits(model, made, rows, profile, room):
         if rows == 1:
-            raise MemoryBudgetError(_refusal(model, made, profile, free))
+            raise MemoryBudgetError(_refusal(model, made, profile, room))
         rows -= 1
     pages = _pages(made, rows, profile)
     return RequestTable.empty(rows=rows, pages=pages, page_size=size, row_pages=longest)
@@ -33,14 +42,14 @@ def pool_pages(model: Model, table: RequestTable) -> int:
     """Usable pages of the pool for a table.
 
     On a GPU pool and recordings outlive the call, so the pool is rounded up to a power of two, that the next call
-    finds it large enough: where it does not take more than half of what is available, nor more than the budget has.
+    finds it large enough: by as much as the budget has, half of what is available, and the declared limits leave.
     """
     needed, size = len(table.free), table.page_size
-    if model.device.type == "cpu":
+    if not model.pads:
         return needed
     page_bytes = size * model.memory.bytes_per_token
     free = budget.available(model.device) + model.shelf.nbytes
-    most = min(model.memory.effective_tokens // size, free // 2 // page_bytes)
+    most = min(model.memory.effective_tokens // size, min(free // 2, free - model.memory.peak.total) // page_bytes)
     return max(needed, min(buckets.power_of_two(needed), most))
 
 
@@ -64,9 +73,9 @@ def _peak(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfi
     pictured = sorted((sum(request.layout.counts) for request in made), reverse=True)
     patches = max(requests.largest_batch(model, request) for request in made)
     pages = -(-held // profile.page_size)
-    padded, listed = buckets.decode_size(model.device, rows, pages, pages)
+    padded, listed = buckets.decode_size(model.pads, rows, pages, pages)
     load = Load(
-        prefill_tokens=min(PREFILL_TOKENS, sum(request.length for request in made)), rows=padded,
+        prefill_tokens=min(PREFILL_TOKENS, buckets.quarter(sum(request.length for request in made), 16)), rows=padded,
         context=min(max(request.length for request in made), profile.effective_tokens),
         listed=min(listed * profile.page_size, held * 2), patches=patches, feature_tokens=sum(pictured[:rows]),
         greedy=all(request.sampling.temperature == 0 for request in made),
@@ -92,6 +101,8 @@ def _refusal(model: Model, made: Sequence[Request], profile: MemoryProfile, free
 def check_score(model: Model, length: int) -> None:
     """Raises `MemoryBudgetError` where the logits of a prompt alone are more than is available."""
     need = peak.score(model.config, tokens=length, chunk=PREFILL_TOKENS, itemsize=model.dtype.itemsize)
+    if need > budget.available(model.device):
+        model.shelf.clear()
     if need > (free := budget.available(model.device)):
         cause = f"the logits of {length} tokens need {gigabytes(need)}, and {gigabytes(free)} are available"
         most = length * free // need

@@ -51,6 +51,11 @@ class Model:
         return self.decode_ops(rows) if self.decode_ops else self.ops
 
     @property
+    def pads(self) -> bool:
+        """Whether batches are padded to sizes that come again (`mllm.buckets`), for the sake of recordings."""
+        return self.prompt_ops is not None
+
+    @property
     def device(self) -> torch.device:
         return self.weights.text.embed.device
 
@@ -85,13 +90,13 @@ def load(
     config, images = _read(folder, ignore_config)
     kind = _dtype(config.dtype if dtype == "auto" else dtype)
     place = _device(device)
-    before = budget.available(place)
+    before = _planned(config, images, place, kind or torch.bfloat16, mem_fraction_static).available_before
     made = checkpoint.load(folder, config, device=place, dtype=kind, progress=progress)
     return Model(
         config=config,
         weights=made,
         memory=_profile(config, images, made, before, mem_fraction_static),
-        **tables_for(device)._asdict(),
+        **tables_for(device, made.text.embed.dtype)._asdict(),
         tokenizer=Tokenizer.load(folder),
         images=images,
         name="signs" if path is None else folder.name,
@@ -117,13 +122,13 @@ def dummy(
     images = _image_config(None, parsed, name)
     kind = _dtype(parsed.dtype if dtype == "auto" else dtype) or torch.bfloat16
     place = _device(device)
-    before = budget.available(place)
+    before = _planned(parsed, images, place, kind, mem_fraction_static).available_before
     made = weights.random(parsed, seed=seed, device=place, dtype=kind)
     return Model(
         config=parsed,
         weights=made,
         memory=_profile(parsed, images, made, before, mem_fraction_static),
-        **tables_for(device)._asdict(),
+        **tables_for(device, made.text.embed.dtype)._asdict(),
         images=images,
         name=name,
     )
@@ -147,11 +152,7 @@ def plan(
     else:
         config, images = _read(signs.FOLDER if path is None else Path(path), ())
     kind = _dtype(config.dtype if dtype == "auto" else dtype) or torch.bfloat16
-    size, before = weights.elements(config) * kind.itemsize, budget.available(place)
-    return budget.profile(
-        config, images, device=place, memory=budget.describe(place), dtype=kind, available_before=before,
-        available_after=before - size, weight_bytes=size, mem_fraction_static=mem_fraction_static,
-    )  # fmt: skip
+    return _planned(config, images, place, kind, mem_fraction_static)
 
 
 def prompt(model: Model, messages: Any) -> Prompt:
@@ -168,6 +169,17 @@ def _read(folder: Path, ignore: Collection[str]) -> tuple[Config, ImageConfig | 
         raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
     config = families.read(folder, ignore=ignore)
     return config, _image_config(ImageConfig.read(folder, ignore=ignore), config, str(folder))
+
+
+def _planned(
+    config: Config, images: ImageConfig | None, device: torch.device, dtype: torch.dtype, mem_fraction_static: float
+) -> MemoryProfile:
+    """The budget as it will be, from shapes: what cannot fit is refused before a weight is read or made."""
+    size, before = weights.elements(config) * dtype.itemsize, budget.available(device)
+    return budget.profile(
+        config, images, device=device, memory=budget.describe(device), dtype=dtype, available_before=before,
+        available_after=before - size, weight_bytes=size, mem_fraction_static=mem_fraction_static,
+    )  # fmt: skip
 
 
 def _profile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from mllm.buckets import CAPTURED_PATCHES
 from mllm.config import Config, TextConfig
 
 SAMPLING = 113
@@ -47,7 +48,7 @@ class Peak:
 
     encoder, prefill, decode: bytes that live at once while that stage runs, sampling included.
     features: bytes of encoded images that wait for their prefill.
-    graphs: bytes that recorded decode steps keep; 0 on a CPU.
+    graphs: bytes that recordings keep for their intermediate results, all together; 0 on a CPU.
     workspace: bytes of the device's libraries.
     """
 
@@ -66,19 +67,19 @@ class Peak:
 
 def predict(config: Config, load: Load, *, itemsize: int, device: str) -> Peak:
     """The peak of a call on a device of type "cpu" or "cuda", for a model with elements of `itemsize` bytes."""
-    text = config.text
     gathers = device == "cpu"  # the kernels of a GPU read keys and values where they lie
-    buckets = [] if gathers else [1 << i for i in range((load.rows - 1).bit_length() + 1)]
-    steps = [
-        decode(text, rows=rows, listed=load.listed, itemsize=itemsize, gathers=gathers, greedy=load.greedy)
-        for rows in (load.rows, *buckets)
-    ]
+    chunk = prefill(config, load, itemsize=itemsize, gathers=gathers)
+    step = decode(
+        config.text, rows=load.rows, listed=load.listed, itemsize=itemsize, gathers=gathers, greedy=load.greedy
+    )
+    # recordings share one pool of memory, as large as the largest needs; larger image batches are not recorded
+    images = encoder(config, patches=min(load.patches, CAPTURED_PATCHES), itemsize=itemsize)
     return Peak(
         encoder=encoder(config, patches=load.patches, itemsize=itemsize),
-        prefill=prefill(config, load, itemsize=itemsize),
-        decode=steps[0],
+        prefill=chunk,
+        decode=step,
         features=features(config, load.feature_tokens, itemsize),
-        graphs=sum(steps[1:]),
+        graphs=0 if gathers else max(chunk, step, images),
         workspace=WORKSPACE[device],
     )
 
@@ -92,18 +93,21 @@ def _layer(text: TextConfig, b: int) -> int:
     return max(mlp, rotation)
 
 
-def prefill(config: Config, load: Load, *, itemsize: int) -> int:
+def prefill(config: Config, load: Load, *, itemsize: int, gathers: bool) -> int:
     """Bytes of one prefill batch, with logits after the last token of each row.
 
-    A row gathers the keys and values of its context, and masks it where the chunk follows cached tokens.
+    `gathers`: the ops copy the keys and values of a row's context, and mask it where the chunk follows cached tokens.
     """
     text, b, tokens = config.text, itemsize, load.prefill_tokens
     s, rows = text.sizes, min(load.rows, load.prefill_tokens)
-    entered = tokens * (12 * s["D"] + 64) + 16 * rows * load.context  # rotary tables, ids; slots of contexts, int64
+    entered = tokens * (12 * s["D"] + 64)  # rotary tables, ids
     if load.feature_tokens:  # this batch's share of the features is gathered
         entered += features(config, min(tokens, load.feature_tokens), b) + tokens * b * s["E"]
-    masked = tokens * (1 + b) if load.context > tokens else 0
-    attention = tokens * b * (s["E"] + s["C"] + 3 * s["A"]) + load.context * (2 * s["K"] * s["D"] * b + masked)
+    attention = tokens * b * (s["E"] + s["C"] + 3 * s["A"])
+    if gathers:
+        entered += 16 * rows * load.context  # slots of every context, int64
+        masked = tokens * (1 + b) if load.context > tokens else 0
+        attention += load.context * (2 * s["K"] * s["D"] * b + masked)
     head = tokens * b * s["E"] + rows * text.vocab_size * (b + 4)
     return max(entered + max(tokens * _layer(text, b), attention, head), _drawing(text, rows, greedy=load.greedy))
 

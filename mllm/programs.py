@@ -35,11 +35,12 @@ shorter without autograd's part in every call."""
 
 @frozen(eq=False)
 class Programs:
-    """The captured stages."""
+    """The captured stages, and the stream on which tokens go to the host (None on a CPU)."""
 
     step: Callable[..., tuple[KVPool, ForwardBatch, Tensor]]
     prefill: Callable[..., tuple[KVPool, Tensor]]
     vit: Callable[..., VisionTokens]
+    reads: torch.cuda.Stream | None
 
 
 def make_programs(model: Model) -> Programs:
@@ -53,7 +54,8 @@ def make_programs(model: Model) -> Programs:
         prefill = _if_padded(prefill, wrap(prefill, donate=("pool",), limit=PADDED))
     if model.vision_ops is not None:
         vit = _if_padded(vit, wrap(vit, limit=PADDED))
-    return Programs(step=INFERENCE(step), prefill=INFERENCE(prefill), vit=INFERENCE(vit))
+    reads = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+    return Programs(step=INFERENCE(step), prefill=INFERENCE(prefill), vit=INFERENCE(vit), reads=reads)
 
 
 def _if_padded(fn: Callable[..., Tree], captured: Callable[..., Tree]) -> Callable[..., Tree]:
@@ -108,6 +110,10 @@ class Shelf:
         """Bytes of the pool that is kept."""
         return sum(t.nbytes for t in leaves(self.kept.pool)) if self.kept else 0
 
+    def clear(self) -> None:
+        """Let go of what is kept."""
+        self.kept = None
+
     def take(self, model: Model, pages: int, make_pool: Callable[[], KVPool]) -> Lease:
         """What is kept, if its pool has `pages` usable pages or more; or new programs over a new pool."""
         kept, self.kept = self.kept, None
@@ -118,5 +124,5 @@ class Shelf:
 
     def put(self, model: Model, lease: Lease) -> None:
         """Keep them for the next call where recordings are dear, which is on a GPU; never a pool that a stage lost."""
-        if model.device.type == "cuda" and not is_donated(lease.pool):
+        if model.pads and not is_donated(lease.pool):
             self.kept = lease

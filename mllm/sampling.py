@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from attrs import field, frozen
 
-from mllm.batch import SamplingBatch
+from mllm.batch import SamplingBatch, upload
 
 
 def _number(low: float, high: float, *, whole: bool = False) -> Any:
@@ -54,9 +54,9 @@ def sampling_batch(rows: Sequence[Sampling], *, size: int, device: str | torch.d
     padded = [*rows, *[Sampling()] * (size - len(rows))]
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) for row in padded], dtype=dtype, device=device)
+        return torch.tensor([getattr(row, name) for row in padded], dtype=dtype)
 
-    return SamplingBatch(
+    host = SamplingBatch(
         temperature=column("temperature", torch.float32),
         top_k=column("top_k", torch.int32),
         top_p=column("top_p", torch.float32),
@@ -64,3 +64,4 @@ def sampling_batch(rows: Sequence[Sampling], *, size: int, device: str | torch.d
         seed=column("seed", torch.int64),
         greedy=all(row.temperature == 0 for row in rows),
     )
+    return upload(host, device)

@@ -98,13 +98,9 @@ def crop(
         offset += segment.stop - segment.start
     if not embed:
         return None
-    where = np.concatenate(at)
-    if merged is not None and (free := merged - len(where)):
-        embed.append(embed[0].new_zeros(free, embed[0].shape[1]))
-        deep.append(deep[0].new_zeros(len(deep[0]), free, deep[0].shape[2]))
-        where = np.pad(where, (0, free), constant_values=-1)
-    (places,) = upload_all([torch.from_numpy(where)], embed[0].device)
-    return VisionTokens(embed=torch.cat(embed), deep=torch.cat(deep, dim=1), at=places)
+    (places,) = upload_all([torch.from_numpy(np.concatenate(at))], embed[0].device)
+    found = VisionTokens(embed=torch.cat(embed), deep=torch.cat(deep, dim=1), at=places)
+    return found if merged is None else found.padded(merged)
 
 
 def pictured(segments: Sequence[Segment]) -> int:

@@ -93,9 +93,10 @@ class _Recording:
 
     def record(self, fn: Callable[..., Tree], given: dict[str, Any], recorder: Recorder) -> Tree:
         """The first call: run for real, keep the recording, take the arguments."""
-        self.buffers = {k: v if k in self.donated else clone(v) for k, v in given.items()}
-        self.buffers = {k: alias(v) for k, v in self.buffers.items()}  # donating `given` must not empty them
-        first, self.replay = recorder(lambda: fn(**{k: alias(v) for k, v in self.buffers.items()}))
+        own = {k: v if k in self.donated else clone(v) for k, v in given.items()}
+        self.buffers = buffers = {k: alias(v) for k, v in own.items()}  # donating `given` must not empty them
+        # not by way of `self`, which holds the replay: a cycle would keep the pool until the garbage collector comes
+        first, self.replay = recorder(lambda: fn(**{k: alias(v) for k, v in buffers.items()}))
         self.held = {id(t): k for k in (*self.donated, *self.carried) for t in leaves(self.buffers[k])}
         came_back = {self.held[id(t)] for t in leaves(first) if id(t) in self.held}
         if lost := sorted({*self.donated, *self.carried} - came_back):

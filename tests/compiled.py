@@ -73,7 +73,7 @@ def forward(model: str, ops: Ops, tokens: int, rows: int) -> ForwardBatch:
     x, qkv = ops.norm_linear(x, empty(size["E"]), empty(size["C"], size["E"]), eps=1e-6)
     pool = empty(100, 64, size["K"], size["D"])
     y = ops.attend_(qkv, empty(size["D"]), empty(size["D"]), plan, pool, pool, eps=1e-6)
-    x = ops.linear_add(y, empty(size["E"], size["A"]), x, empty(size["G"], size["E"]))
+    x = ops.linear_add(y, empty(size["E"], size["A"]), x)
     x, gate = ops.norm_gate(x, empty(size["E"]), empty(size["G"], size["E"]), eps=1e-6)
     x = ops.linear_add(gate, empty(size["E"], size["F"]), x)
     logits = ops.head(x, batch.last, empty(size["E"]), empty(size["V"], size["E"]), eps=1e-6)

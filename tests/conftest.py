@@ -22,8 +22,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("tiny", "running", "tokenizer_files")
+pytest.register_assert_rewrite("tiny", "running", "tokenizer_files", "faults")
 
+from faults import faults  # noqa: E402, F401  (a fixture)
 from tiny import Tiny, make_tiny  # noqa: E402  (after its asserts are set to be rewritten)
 
 # Tensors here are tiny: handing work to a second thread takes longer than doing it, and with one thread the order of

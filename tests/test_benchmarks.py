@@ -208,7 +208,7 @@ def test_the_json_file_holds_figures_limits_and_the_machine(run: Path) -> None:
     data = json.loads((run / "out.json").read_text())
     names = {case["name"] for case in data["benchmarks"]}
     assert "test_decode[bs=1-in=16-out=4-graph]" in names
-    assert "test_vit[grid=4x4]" in names
+    assert "test_vit[grid=4x4-eager]" in names
     assert {case["group"] for case in data["benchmarks"]} == FIELDS.keys()
     for case in data["benchmarks"]:
         assert case["extra_info"].keys() >= FIELDS[case["group"]]
@@ -249,6 +249,6 @@ def test_a_run_is_drawn_described_and_tabulated(run: Path, tmp_path: Path, capsy
             assert f"![{image.info['Description']}]({path.name})" in shown
     assert "lines for 1 row, 2 rows" in shown
     data = json.loads((run / "out.json").read_text())
-    one = next(case for case in data["benchmarks"] if case["name"] == "test_prefill[bs=1-in=96]")
+    one = next(case for case in data["benchmarks"] if case["name"] == "test_prefill[bs=1-in=96-eager]")
     assert f" {one['extra_info']['wall_ms']:.2f} (" in shown
     assert "| 2 rows, eager |" in shown

@@ -151,6 +151,8 @@ BAD = {
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0"),
     "negative temperature": (["--temperature", "-1"], "temperature: expected"),
     "top_p of zero": (["--top-p", "0"], "top_p: expected"),
+    "no fraction": (["--mem-fraction-static", "1.5"], "mem_fraction_static: expected a number between 0 and 1"),
+    "a fraction below the weights": (["--mem-fraction-static", "1e-9"], "no room for a KV pool: the weights alone exceed"),
     "not a number": (["--min-p", "nan"], "min_p: expected"),
     "a question beyond the vocabulary": (["--max-new-tokens", "2"], "outside the vocabulary of 96"),
 }  # fmt: skip
@@ -287,6 +289,16 @@ def test_env_as_text_has_a_line_for_each_thing(capsys: pytest.CaptureFixture[str
     assert [line.split()[0] for line in report.splitlines()] == list(environment.report())
     assert memory.startswith("memory for signs on cpu\n")
     assert "limits        prefill 2048 tokens, decode" in memory
+
+
+def test_env_reports_a_model_that_does_not_fit_as_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever asks why has use for the rest of the report as well."""
+    args = ("env", "--model", "qwen3-vl-2b", "--mem-fraction-static", "1e-6")
+    assert run(*args) == 0
+    assert "torch " in (shown := capsys.readouterr().out)
+    assert "the weights alone exceed the static share" in shown
+    assert run(*args, "--json") == 0
+    assert "static share" in json.loads(capsys.readouterr().out)["memory"]["error"]
 
 
 def test_env_shows_lists_and_what_is_missing() -> None:

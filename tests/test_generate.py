@@ -64,8 +64,8 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> mllm.Model:
 
 
 def with_ops(model: mllm.Model, **ops: Any) -> mllm.Model:
-    """The model with other ops."""
-    return evolve(model, ops=evolve(model.ops, **ops))
+    """The model with other ops, in decode steps too."""
+    return evolve(model, ops=evolve(model.ops, **ops), decode_ops=None)
 
 
 def ending(model: mllm.Model, *tokens: int) -> mllm.Model:
@@ -394,7 +394,7 @@ def test_a_dummy_or_device_or_dtype_that_is_not_there_is_refused(vision_model: T
 
 def test_the_model_says_what_it_is(vision_model: Tiny) -> None:
     assert "torch.float32 on cpu" in repr(vision_model.ours)
-    assert tables_for("cpu").ops is vision_model.ours.ops
+    assert tables_for("cpu", torch.float32).ops is vision_model.ours.ops
 
 
 def test_importing_mllm_imports_neither_transformers_nor_triton() -> None:

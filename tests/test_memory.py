@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +20,13 @@ from hypothesis import strategies as st
 from tiny import IMAGE, Tiny, examples, four_prompts, picture, words
 
 import mllm
-from mllm import budget, families, memory, requests, stages, weights
+from mllm import budget, checkpoint, families, memory, requests, stages, weights
 from mllm.budget import MemoryProfile
 from mllm.cache import KVPool, bytes_per_token
 from mllm.errors import ImageError, MemoryBudgetError, PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import plan
+from mllm.programs import Lease, make_programs
 from mllm.sampling import Sampling
 
 GB = 10**9
@@ -174,6 +177,11 @@ def test_a_fraction_that_is_none_is_refused(value: float, vision_model: Tiny) ->
             mllm.dummy(vision_model.ours.config, mem_fraction_static=wrong)  # type: ignore[arg-type]
 
 
+def test_the_table_on_the_front_page_is_what_the_function_prints() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"```text\n{budget.table(shared_out(1495 * 10**8, config=EIGHT))}\n```" in page
+
+
 def test_every_field_of_the_profile_is_documented_with_its_unit() -> None:
     documented = dict(re.findall(r"^    (\w+): (.+(?:\n      .+)*)", MemoryProfile.__doc__ or "", re.MULTILINE))
     assert list(documented) == [f.name for f in attrs.fields(MemoryProfile)]
@@ -192,8 +200,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(*, integrated: bool) -> torch.device:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(is_integrated=integrated))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * GB, 80 * GB))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda d: 5 * GB)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: 3 * GB)
+        counts = {"reserved_bytes": 5 * GB, "allocated_bytes": 3 * GB}
+        stats = {kind: {"all": {"current": count}} for kind, count in counts.items()}
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda d: stats)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GB, total=64 * GB))
         return torch.device("cuda", 0)
 
@@ -220,20 +229,23 @@ def test_a_cpu_has_what_the_system_has_whatever_gpu_is_there(faked: Any) -> None
 
 def test_loading_measures_before_and_after_the_weights(vision_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both times, in this order: a budget from what is free afterwards alone would count the weights twice."""
-    measured = iter([3 * GB, 2 * GB])
+    measured = iter([3 * GB, 2 * GB])  # the first for the plan, which is checked before anything is read
     monkeypatch.setattr(budget, "available", lambda device: next(measured))
     made = mllm.load(vision_model.folder, mem_fraction_static=0.5, progress=False).memory
     assert (made.available_before, made.available_after, made.kv_bytes) == (3 * GB, 2 * GB, GB // 2)
     assert made.weight_bytes == vision_model.ours.weights.nbytes
 
 
-def test_a_model_that_leaves_no_room_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_leaves_no_room_is_refused_before_a_weight_is_read_or_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not after minutes of reading, nor by the system's own killing of what takes too much."""
     monkeypatch.setattr(budget, "available", lambda device: 10_000_000)
-    with pytest.raises(MemoryBudgetError, match="the weights alone exceed the static share"):
-        plan()
-    # faked so, nothing is taken by the weights; what runs beside them still finds no room
-    with pytest.raises(MemoryBudgetError, match="cannot hold one prefill chunk and one row"):
-        mllm.load()
+    for module, name in ((checkpoint, "load"), (weights, "random")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("weights were read"))
+    for call in (mllm.load, plan, lambda: mllm.dummy("qwen3-vl-8b")):
+        with pytest.raises(MemoryBudgetError, match="the weights alone exceed the static share"):
+            call()
 
 
 @pytest.mark.parametrize("name", [None, "qwen3-0.6b", "qwen3-vl-8b"])
@@ -315,6 +327,49 @@ def test_fewer_rows_run_together_where_memory_is_short_and_the_tokens_are_the_sa
         table = memory.allocate(model, made, rows=4, profile=model.memory)
         assert len(table.live) == rows
         assert [out.tokens for out in mllm.generate(model, prompts, max_new_tokens=6)] == want
+
+
+def test_what_earlier_calls_left_to_the_garbage_collector_is_not_held_against_the_next(
+    text_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool hangs in a reference cycle, as in the traceback of a call that failed."""
+    hanging: list[Any] = [torch.zeros(3)]
+    hanging.append(hanging)
+    left = weakref.ref(hanging[0])
+    del hanging
+    monkeypatch.setattr(budget, "available", lambda device: 1000 if left() is not None else GB)
+    table = memory.allocate(
+        text_model.ours, requests.make_all(text_model.ours, [mllm.Prompt(words(3))] * 2, 4, Sampling()), rows=2,
+        profile=text_model.ours.memory,
+    )  # fmt: skip
+    assert len(table.live) == 2
+
+
+def test_what_the_last_call_left_goes_where_this_one_needs_its_memory(
+    text_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the pool stays between calls: it is counted as free for a call that takes it, and no other."""
+    model, made = text_model.ours, requests.make_all(text_model.ours, [mllm.Prompt(words(40))], 4, Sampling())
+    pool, beside = memory._pool_bytes(3, model.memory), memory._peak(model, made, 1, model.memory).total
+    table = memory.allocate(model, made, rows=1, profile=model.memory)
+
+    page = 16 * model.memory.bytes_per_token
+
+    def left(free: int, *, reuse: bool) -> bool:
+        """Whether a pool of 6 pages is still there after another call was let in, with `free` bytes beside it."""
+        kept = KVPool.empty(model.config.text, pages=6, page_size=16, device=model.device, dtype=model.dtype)
+        model.shelf.kept = Lease(make_programs(model), kept)
+        assert model.shelf.nbytes == 7 * page
+        monkeypatch.setattr(budget, "available", lambda device: free + (0 if model.shelf.kept else 7 * page))
+        assert len(memory.allocate(model, made, rows=1, profile=model.memory, reuse=reuse).free) == len(table.free)
+        found = model.shelf.kept is not None
+        model.shelf.clear()
+        return found
+
+    assert left(beside, reuse=True)
+    assert not left(beside - 1, reuse=True)  # pool and peak fit, but not beside a pool that may be larger
+    assert not left(beside, reuse=False)  # score has a pool of its own
+    assert left(beside + pool, reuse=False)
 
 
 def test_a_request_that_memory_cannot_hold_now_is_refused_before_anything_is_allocated(

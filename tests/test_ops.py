@@ -339,9 +339,9 @@ def test_every_op_of_the_table_has_a_case() -> None:
 
 
 def test_a_device_without_a_table_is_an_error_that_lists_those_with_one() -> None:
-    assert tables_for("cpu").ops is CPU
+    assert tables_for("cpu", torch.bfloat16).ops is CPU
     with pytest.raises(MissingPackageError, match=r"meta.*cpu"):
-        tables_for("meta")
+        tables_for("meta", torch.float32)
 
 
 # rotary tables against transformers

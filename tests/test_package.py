@@ -45,7 +45,7 @@ def test_importing_it_imports_no_optional_or_heavy_package() -> None:
     code = "import sys, mllm; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = set(python("-c", code).stdout.split())
     assert "torch" in loaded
-    assert not loaded & {"transformers", "triton", "flashinfer", "matplotlib", "pytest", "torchvision"}
+    assert not loaded & {"transformers", "triton", "numba", "flashinfer", "matplotlib", "pytest", "torchvision"}
 
 
 def test_importing_it_opens_no_gpu() -> None:
@@ -142,14 +142,33 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
                 yield f"{line}: an except that catches everything"
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called in ("eval", "exec", "compile", "__import__", "torch.load", "os.system"):
+            if called in ("eval", "exec", "compile", "__import__", "torch.load", "os.system", "input"):
                 yield f"{line}: {called}"
+            if called in UNBOUNDED or (called.endswith("lru_cache") and not _is_bounded(node)):
+                yield f"{line}: a cache without bound"
             if any(keyword.arg == "trust_remote_code" and not _is_false(keyword.value) for keyword in node.keywords):
                 yield f"{line}: trust_remote_code"
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            if {"pickle", "marshal", "shelve", "dill"} & {name.partition(".")[0] for name in names}:
+            roots = {name.partition(".")[0] for name in names}
+            if {"pickle", "marshal", "shelve", "dill"} & roots:
                 yield f"{line}: pickle or its like"
+            modules = {node.module} if isinstance(node, ast.ImportFrom) else {alias.name for alias in node.names}
+            if NETWORK & {(name or "").partition(".")[0] for name in modules}:  # `from mllm import requests` is ours
+                yield f"{line}: the network"
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bare = {ast.unparse(decorator) for decorator in node.decorator_list}
+            if bare & {*UNBOUNDED, "lru_cache", "functools.lru_cache"}:
+                yield f"{line}: a cache without bound"
+
+
+UNBOUNDED = ("cache", "functools.cache")  # keyed by what a request chose, each would grow for ever
+NETWORK = {"socket", "ssl", "urllib", "http", "ftplib", "requests", "httpx", "aiohttp", "huggingface_hub"}
+
+
+def _is_bounded(call: ast.Call) -> bool:
+    sizes = [keyword.value for keyword in call.keywords if keyword.arg == "maxsize"] + call.args
+    return any(isinstance(size, ast.Constant) and isinstance(size.value, int) for size in sizes)
 
 
 def _is_false(node: ast.expr) -> bool:
@@ -159,6 +178,8 @@ def _is_false(node: ast.expr) -> bool:
 @pytest.mark.parametrize("source", [
     "global x", "try: pass\nexcept: pass", "try: pass\nexcept (OSError, Exception): pass", "eval('1')",
     "torch.load(f)", "f(trust_remote_code=True)", "import pickle", "from pickle import loads",
+    "input()", "import socket", "from urllib.request import urlopen", "import huggingface_hub as h",
+    "@functools.cache\ndef f(): 0", "@lru_cache\ndef f(): 0", "@lru_cache(maxsize=None)\ndef f(): 0", "g = cache(f)",
 ])  # fmt: skip
 def test_the_check_of_the_source_sees(source: str) -> None:
     assert list(forbidden(ast.parse(source)))
@@ -221,7 +242,7 @@ def test_ci_runs_the_command_that_the_readme_shows() -> None:
     assert any(line.endswith("tox run -e demo") for line in commands)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_a_file_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

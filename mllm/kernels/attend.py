@@ -32,14 +32,14 @@ class Split(NamedTuple):
 def split_for(rows: int, kv_heads: int, tokens: int) -> Split:
     """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
 
-    One row is bound by latency: it is cut into as many splits as fill the chip, and their first tile is loaded
-    before the wait. More rows are bound by bandwidth, and keep two tiles in flight instead.
+    One row is bound by latency: its splits' first tile is loaded before the wait. More rows are bound by bandwidth:
+    about a thousand programs of one warp, which have nobody to wait for, with four tiles in flight each.
     """
     if rows > 1:
-        return Split(_cut(528 // (rows * kv_heads)), 64, 4, 2)
+        return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 4)
     if tokens > 1024:
-        return Split(_cut(264 // kv_heads), 64, 4, 1)
-    return Split(_cut(132 // kv_heads), 32, 2, 1)
+        return Split(_cut(264 // kv_heads), 64, 2, 1)
+    return Split(_cut((66 if tokens <= 512 else 132) // kv_heads), 32, 2, 1)
 
 
 def _cut(wanted: int) -> int:
@@ -86,10 +86,13 @@ def _norm_rotate(x, pair, w, w_pair, c, s, eps, D: tl.constexpr):
 @triton.jit
 def _tile(keys, values, pages, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr,
           TILE: tl.constexpr):  # fmt: skip
-    """Keys and values [TILE DP] of tokens from t of one head; zeros from `end` on. A tile lies within one page."""
+    """Keys and values [TILE DP] of tokens from t of one head; zeros from `end` on."""
     d = tl.arange(0, DP)
     token = t + tl.arange(0, TILE)
-    page = tl.load(pages + t // S, mask=t < end, other=0).to(tl.int64)
+    if TILE <= S:  # within one page
+        page = tl.load(pages + t // S, mask=t < end, other=0).to(tl.int64)
+    else:
+        page = tl.load(pages + token // S, mask=token < end, other=0).to(tl.int64)
     at = ((page * S + token % S) * K + h)[:, None] * D + d[None, :]
     mask = (token < end)[:, None] & (d < D)[None, :]
     return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
@@ -206,7 +209,7 @@ def attend_(
         qkv, q_norm, k_norm, plan.cos, plan.sin, keys, values, plan.slots, plan.pages, plan.lengths, plan.partial,
         plan.stats, plan.arrived, out, plan.pages.shape[1], size**-0.5 * LOG2E, eps,
         H=heads, K=kv_heads, D=size, DP=max(16, triton.next_power_of_2(size)), S=page_size,
-        GP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=split.splits, TILE=min(split.tile, page_size),
+        GP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=split.splits, TILE=split.tile,
         STAGES=split.stages, num_warps=split.warps, **options(pdl),
     )  # fmt: skip
     return out

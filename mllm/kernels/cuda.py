@@ -77,7 +77,7 @@ def _few_rows(pdl: bool) -> dict[str, object]:
         x, y = add_norm(x, norm, eps=eps, pdl=pdl)
         return x, skinny.linear(y, weight, gate=True, pdl=pdl)
 
-    def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Stream:
+    def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
         return Pending(x, skinny.linear(y, weight, parts=True, pdl=pdl))
 
     def head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -97,7 +97,7 @@ def _norm_gate(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[
     return x, elementwise.gate(F.linear(y, weight))
 
 
-def _linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Stream:
+def _linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
     return Pending(x, F.linear(y, weight).unsqueeze(0))
 
 

@@ -50,7 +50,7 @@ def _place(stream: Stream, at: Tensor, rows: Tensor, *, add: bool) -> Stream:
         block = min(1024, triton.next_power_of_2(width))
         grid = (count, triton.cdiv(width, block))
         place_kernel[grid](x, at, rows.contiguous(), width, BLOCK=block, ADD=add, **FUSED)
-    return x
+    return stream
 
 
 def put_(x: Stream, at: Tensor, rows: Tensor) -> Stream:

@@ -135,12 +135,13 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     tokens, heads, size = q.shape
     rows = len(indptr) - 1
+    stages = max(1, tile.stages * 2 // q.element_size())  # measured for 16 bits; float32 takes twice the room
     out = q.new_empty(tokens, heads * size)
     grid = (heads, triton.cdiv(tokens, tile.queries) + rows)  # each row's last tile may be a part of one
     flash_kernel[grid](
         q, keys, values, out, indptr, lengths, pages, rows, pages.shape[-1],
         QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, DP=max(16, triton.next_power_of_2(size)),
-        S=page_size, BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, STAGES=tile.stages, PAGED=paged,
+        S=page_size, BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, STAGES=stages, PAGED=paged,
         CAUSAL=paged, num_warps=tile.warps, **FUSED,
     )  # fmt: skip
     return out
@@ -150,7 +151,7 @@ def tile_for(tokens: int, size: int, *, wide: bool) -> Tile:
     """What was fastest on an H200 (`wide`: capability 9.0), and fits an Orin otherwise; see `docs/performance.md`."""
     if not wide:
         return Tile(64, 32, 4, 2)
-    return Tile(64, 64, 4, 3) if tokens <= 512 else Tile(128, 64 if size > 64 else 128, 8, 3)
+    return Tile(128, 64, 8, 3) if size <= 64 and tokens > 2304 else Tile(64, 64, 4, 3)
 
 
 def prompts(

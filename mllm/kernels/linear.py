@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.errors import ShapeError
-from mllm.kernels.pdl import fetch, launch_dependents, options, wait
+from mllm.kernels.pdl import launch_dependents, options, wait
 
 
 @triton.jit
@@ -27,14 +27,9 @@ def _weights(w, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(x, norm, w, residual, ahead, y, N, eps, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr, WAVE: tl.constexpr,
-                  AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y [N] from x [K] and w [N K]. GATE: w [2N K] holds gate over up, and y is silu(gate) * up.
-
-    WAVE: of so many programs, each fetches the weights of the one that comes so many later. AHEAD: each fetches so many
-    bytes of `ahead`, which is read next.
-    """
+def linear_kernel(x, norm, w, residual, y, N, eps, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y [N] from x [K] and w [N K]. GATE: w [2N K] holds gate over up, and y is silu(gate) * up."""
     EVEN: tl.constexpr = K % BK == 0
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -44,14 +39,6 @@ def linear_kernel(x, norm, w, residual, ahead, y, N, eps, K: tl.constexpr, BN: t
         tile_up = _weights(w + N * K, n, k, N, K, EVEN)
     if NORM:
         scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-    if PDL and WAVE > 0:
-        later = (tl.program_id(0) + WAVE) * BN
-        if (tl.program_id(0) < WAVE) & (later + BN <= N):
-            fetch(w + later.to(tl.int64) * K, BN * K * 2)
-            if GATE:
-                fetch(w + (later + N).to(tl.int64) * K, BN * K * 2)
-    if PDL and AHEAD > 0:
-        fetch(ahead + tl.program_id(0).to(tl.int64) * (AHEAD // 2), AHEAD)
     wait(PDL)
     if ADD:
         add = tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
@@ -86,7 +73,7 @@ def linear_kernel(x, norm, w, residual, ahead, y, N, eps, K: tl.constexpr, BN: t
 
 @triton.jit
 def norm_linear_kernel(x, norm, w, y, N, eps, K: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr,
-                       TURNS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                       PDL: tl.constexpr):  # fmt: skip
     """As `linear_kernel` with NORM, for a K that is a power of two: a program keeps the normalised x and goes over
     every num_programs-th tile of outputs, with the next tile's weights on their way while it sums up this one's."""
     first = tl.program_id(0) * BN
@@ -98,13 +85,6 @@ def norm_linear_kernel(x, norm, w, y, N, eps, K: tl.constexpr, BN: tl.constexpr,
     if GATE:
         tile_up = _weights(w + N * K, first + r, k, N, K, True)
     scale = tl.load(norm + k).to(tl.float32)
-    if PDL:
-        for turn in tl.static_range(1, TURNS):
-            later = first + turn * step
-            if later + BN <= N:
-                fetch(w + later.to(tl.int64) * K, BN * K * 2)
-                if GATE:
-                    fetch(w + (later + N).to(tl.int64) * K, BN * K * 2)
     wait(PDL)
     value = tl.load(x + k).to(tl.float32)
     value = value * scale * tl.rsqrt(tl.sum(value * value, 0) / K + eps)
@@ -120,12 +100,6 @@ def norm_linear_kernel(x, norm, w, y, N, eps, K: tl.constexpr, BN: tl.constexpr,
         tile = after
 
 
-WAVE = 396
-"""Programs of `linear_kernel` that an H200's 132 multiprocessors hold at once."""
-AHEAD = 24 * 2**20
-"""Bytes of the next weight that a product fetches while it waits: what the L2 cache holds beside this one's."""
-
-
 class Tile(NamedTuple):
     """The work of one program: outputs, inputs at a time, warps."""
 
@@ -137,9 +111,6 @@ class Tile(NamedTuple):
 def tile(inputs: int, *, gate: bool) -> Tile:
     """What was fastest on an H200 at the shapes of the 2B model; the record is in `docs/performance.md`."""
     return Tile(4, min(1024 if gate else 2048, triton.next_power_of_2(inputs)), 4)
-
-
-TURNS = 2
 
 
 class Loop(NamedTuple):
@@ -154,12 +125,12 @@ def loop(inputs: int, *, gate: bool) -> Loop | None:
     """None where `linear_kernel` serves: x has to fit the registers of a program, as a power of two."""
     if inputs > 4096 or inputs != triton.next_power_of_2(inputs):
         return None
-    return Loop(max(1, (4096 if gate else 8192) // inputs), 4, 396)
+    return Loop(max(1, 8192 // inputs), 4, 396) if gate else Loop(max(1, 16384 // inputs), 8, 264)
 
 
 def _launch(
     x: Tensor, norm: Tensor | None, w: Tensor, residual: Tensor | None, *, eps: float, gate: bool, pdl: bool,
-    dtype: torch.dtype | None = None, ahead: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     if not w.is_contiguous():  # as a CPU may have it; read by rows it would give numbers, all wrong
         raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
@@ -168,17 +139,13 @@ def _launch(
     y = x.new_empty(1, outputs, dtype=dtype or x.dtype)
     if norm is not None and (over := loop(inputs, gate=gate)):
         norm_linear_kernel[(min(over.programs, triton.cdiv(outputs, over.outputs)),)](
-            x, norm, w, y, outputs, eps, K=inputs, BN=over.outputs, GATE=gate, TURNS=TURNS, num_warps=over.warps,
-            **options(pdl),
+            x, norm, w, y, outputs, eps, K=inputs, BN=over.outputs, GATE=gate, num_warps=over.warps, **options(pdl)
         )  # fmt: skip
         return y
     size = tile(inputs, gate=gate)
-    programs = triton.cdiv(outputs, size.outputs)
-    linear_kernel[(programs,)](
-        x, x if norm is None else norm, w, x if residual is None else residual, w if ahead is None else ahead, y,
-        outputs, eps, K=inputs, BN=size.outputs, BK=size.inputs, NORM=norm is not None, GATE=gate,
-        ADD=residual is not None, WAVE=WAVE if w.element_size() == 2 else 0,
-        AHEAD=0 if ahead is None else min(ahead.nbytes, AHEAD) // programs // 16 * 16,
+    linear_kernel[(triton.cdiv(outputs, size.outputs),)](
+        x, x if norm is None else norm, w, x if residual is None else residual, y, outputs, eps,
+        K=inputs, BN=size.outputs, BK=size.inputs, NORM=norm is not None, GATE=gate, ADD=residual is not None,
         num_warps=size.warps, **options(pdl),
     )  # fmt: skip
     return y
@@ -192,8 +159,8 @@ def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool)
     return x, _launch(x, norm, weight, None, eps=eps, gate=True, pdl=pdl)
 
 
-def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None, *, pdl: bool) -> Tensor:
-    return _launch(y, None, weight, x, eps=0.0, gate=False, pdl=pdl, ahead=ahead)
+def linear_add(y: Tensor, weight: Tensor, x: Tensor, *, pdl: bool) -> Tensor:
+    return _launch(y, None, weight, x, eps=0.0, gate=False, pdl=pdl)
 
 
 def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:

@@ -36,7 +36,7 @@ def norm_kernel(x, parts, weight, bias, y, total, B, E, eps, EP: tl.constexpr, P
     tl.store(y + b * E + e, v.to(y.dtype.element_ty), mask=inside)
 
 
-WARP_WIDTH = 512
+WARP_WIDTH = 256
 """Elements of a row for each warp."""
 
 

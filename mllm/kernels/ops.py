@@ -32,7 +32,7 @@ class Ops:
     attend_: Callable[
         ..., Tensor
     ]  # qkv [T C], q_norm, k_norm, plan, keys, values [P S K D], eps -> [T A]; keys, values
-    linear_add: Callable[..., Stream]  # y, weight, x, the weight that is read next -> x + y @ weight.T
+    linear_add: Callable[..., Stream]  # y, weight, x -> x + y @ weight.T
     norm_gate: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [G E], eps -> x, silu(gate) * up [T F]
     head: Callable[..., Tensor]  # x, last [Q], norm, weight [V E], eps -> logits f32 [Q V] of the positions `last`
     # at the positions of image tokens; a negative one pads the batch

@@ -25,21 +25,6 @@ def wait(PDL: tl.constexpr):
         gdc_wait()
 
 
-_FETCH = tl.constexpr(
-    "{ .reg .pred first; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 first, t, 0;"
-    " @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-)
-
-
-@triton.jit
-def fetch(pointer, count):
-    """Ask for `count` bytes (a multiple of 16) at `pointer` to be brought into the L2 cache; waits for nothing.
-
-    Before the wait: the memory then works through the time in which a chain of small kernels has nothing to read.
-    """
-    tl.inline_asm_elementwise(_FETCH, "=r,l,r", [pointer, count], dtype=tl.int32, is_pure=False, pack=1)
-
-
 FUSED = {"enable_fp_fusion": True}
 """A launch argument of every kernel: Triton 3.10 turns multiply-add off unless it is asked for."""
 

@@ -114,8 +114,7 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.squeeze(0).transpose(0, 1).reshape(count, -1)
 
 
-def linear_add(y: Tensor, weight: Tensor, x: Tensor, ahead: Tensor | None = None) -> Tensor:
-    """`ahead` is a hint for who can make use of it: the next weight that will be read."""
+def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return torch.addmm(x, y, weight.T)
 
 

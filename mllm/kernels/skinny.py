@@ -19,24 +19,18 @@ from mllm.kernels.pdl import launch_dependents, options, wait
 
 
 class Tile(NamedTuple):
-    """Outputs of a program, inputs at a time, parts that the inputs are split into, warps, tiles in flight; with
-    programmatic dependent launch, inputs whose weights are fetched ahead."""
+    """Outputs of a program, inputs at a time, parts that the inputs are split into, warps, tiles in flight."""
 
     outputs: int
     inputs: int
     parts: int
     warps: int
     stages: int
-    ahead: int = 0
-
-
-FETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
 
 
 @triton.jit
 def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  BP: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-                  LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  BP: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y [parts B N] from x [B K] and w [N K], part s from inputs s*KS to (s + 1)*KS.
 
     GATE: w [2N K] holds gate over up, y is silu(gate) * up, and a program takes BN/2 of each.
@@ -52,13 +46,6 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     b = tl.arange(0, BP)
     rows = n.to(tl.int64)[:, None] * K
     acc = tl.zeros([BN, BP], tl.float32)
-    if AHEAD > 0:  # inputs whose weights are asked for while the kernel before still runs, a piece by each thread
-        thread = tl.arange(0, LANES)
-        row = first + thread % BN % OUT
-        at = tl.minimum(row, N - 1) + thread % BN // OUT * N
-        piece = w + at.to(tl.int64) * K + part * KS + thread // BN * (AHEAD * BN // LANES)
-        size = tl.full([LANES], AHEAD * BN // LANES * 2, tl.int32)
-        tl.inline_asm_elementwise(FETCH, "=r,l,r", [piece, size], dtype=tl.int32, is_pure=False, pack=1)
     wait(PDL)
     for start in tl.range(part * KS, part * KS + KS, BK, num_stages=STAGES):
         at = start + k
@@ -77,10 +64,18 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
 
 
 def tile_for(rows: int, outputs: int, inputs: int, *, gate: bool) -> Tile:
-    """What was fastest on an H200; the record is in `docs/performance.md`."""
-    blocks = triton.cdiv(outputs, 32 if gate else 64)
-    parts = 1 if gate else max(1, min(8, 256 // blocks))
-    return Tile(64, 128, parts, 4, 4)
+    """What was fastest on an H200 at the shapes of the 2B model; the record is in `docs/performance.md`.
+
+    Fewer rows want smaller tiles and more of them in flight. Some hundred programs fill the chip, so a product with
+    fewer outputs than that is split over its inputs. All fit the 163 KB of shared memory of an Orin's block.
+    """
+    stages = 6 if rows <= 32 else 5 if rows <= 64 else 3
+    if gate:
+        return Tile(32, 128, 1, 2, 6) if rows <= 16 else Tile(64, 128, 1, 4, 4) if rows <= 32 else Tile(64, 64, 1, 4, 6)
+    blocks = triton.cdiv(outputs, 64)
+    if blocks >= 64:
+        return Tile(32 if rows <= 16 else 64, 128, 1, 4, stages)
+    return Tile(64, 128, max(1, min(8, 128 // blocks)), 4, stages)
 
 
 def linear(
@@ -92,6 +87,7 @@ def linear(
     rows, inputs = x.shape
     outputs = len(w) // 2 if gate else len(w)
     tile = tile_for(rows, outputs, inputs, gate=gate)
+    stages = tile.stages * 2 // w.element_size()  # the tiles are measured for 16 bits; float32 takes twice the room
     count = tile.parts if parts else 1
     each = triton.cdiv(triton.cdiv(inputs, count), tile.inputs) * tile.inputs
     count = triton.cdiv(inputs, each)
@@ -99,8 +95,6 @@ def linear(
     y = torch.empty(shape, dtype=torch.float32 if parts else dtype or x.dtype, device=x.device)
     skinny_kernel[(triton.cdiv(outputs, tile.outputs // 2 if gate else tile.outputs), count)](
         x, w, y, rows, outputs, K=inputs, KS=each, BN=tile.outputs, BK=tile.inputs,
-        BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=tile.stages,
-        AHEAD=min(tile.ahead, each, inputs - (count - 1) * each) if pdl else 0,
-        LANES=max(32 * tile.warps, tile.outputs), num_warps=tile.warps, **options(pdl),
+        BP=max(16, triton.next_power_of_2(rows)), GATE=gate, STAGES=stages, num_warps=tile.warps, **options(pdl),
     )  # fmt: skip
     return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -28,14 +29,24 @@ class Tables(NamedTuple):
     vision_ops: Callable[[int], Ops] | None = None
 
 
-def tables_for(device: str | torch.device) -> Tables:
+def tables_for(device: str | torch.device, dtype: torch.dtype) -> Tables:
     """The tables of a device. Raises `MissingPackageError` for one without kernels, or whose packages are not there."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return Tables(ops=CPU)
+        compiled = dtype == torch.float32 and sys.platform == "linux"  # whose OpenMP the kernels know how to call
+        return _compiled_tables() if compiled else Tables(ops=CPU)
     if kind != "cuda":
         raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu, cuda")
     return _cuda_tables(wide=torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+@lru_cache(maxsize=1)
+def _compiled_tables() -> Tables:
+    try:
+        from mllm.kernels.cpu_decode import DECODE, PROMPT  # here, as it imports numba and at first compiles
+    except ImportError as error:
+        raise MissingPackageError(f"float32 on a CPU needs {error.name}: pip install numba") from None
+    return Tables(ops=PROMPT, decode_ops=lambda rows: DECODE)
 
 
 @lru_cache(maxsize=2)

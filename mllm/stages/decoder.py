@@ -15,7 +15,7 @@ def layer(x: Stream, w: Layer, keys: Tensor, values: Tensor, plan: Plan, *, eps:
     """One decoder layer on the residual stream x [T E]; writes `keys`, `values` [P S K D] at the batch's slots."""
     x, qkv = ops.norm_linear(x, w.norm_in, w.qkv, eps=eps)
     y = ops.attend_(qkv, w.q_norm, w.k_norm, plan, keys, values, eps=eps)
-    x = ops.linear_add(y, w.out, x, w.gate_up)
+    x = ops.linear_add(y, w.out, x)
     x, g = ops.norm_gate(x, w.norm_mlp, w.gate_up, eps=eps)
     return ops.linear_add(g, w.down, x)
 
