@@ -17,8 +17,8 @@ from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
 from mllm.kernels.ops import Ops
 from mllm.kernels.tables import tables_for
-from mllm.programs import Shelf
 from mllm.prompts import Prompt
+from mllm.shelf import Shelf
 from mllm.tokenizer import Tokenizer
 from mllm.weights import Weights
 

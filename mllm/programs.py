@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from attrs import define, field, frozen
 from torch import Tensor
 
 from mllm import stages
 from mllm.batch import ForwardBatch, PatchBatch, SamplingBatch, VisionTokens
 from mllm.cache import KVPool
 from mllm.errors import ImageError
-from mllm.state import Tree, is_donated, leaves
+from mllm.model import Model
+from mllm.shelf import Lease, Programs
+from mllm.state import Tree
 from mllm.transform import capture, recorder_for
-
-if TYPE_CHECKING:
-    from mllm.model import Model
 
 RECORDINGS = 1024
 """Of the decode step, at most; the oldest gives way: a size of batch times a power of two of listed pages."""
@@ -33,14 +30,11 @@ INFERENCE = torch.inference_mode()
 shorter without autograd's part in every call."""
 
 
-@frozen(eq=False)
-class Programs:
-    """The captured stages, and the stream on which tokens go to the host (None on a CPU)."""
-
-    step: Callable[..., tuple[KVPool, ForwardBatch, Tensor]]
-    prefill: Callable[..., tuple[KVPool, Tensor]]
-    vit: Callable[..., VisionTokens]
-    reads: torch.cuda.Stream | None
+def new_lease(model: Model, pages: int, page_size: int) -> Lease:
+    """Programs that have recorded nothing yet, over an empty pool of `pages` usable pages."""
+    text = model.config.text
+    pool = KVPool.empty(text, pages=pages, page_size=page_size, device=model.device, dtype=model.dtype)
+    return Lease(make_programs(model), pool)
 
 
 def make_programs(model: Model) -> Programs:
@@ -89,40 +83,3 @@ def _vit(model: Model, patches: PatchBatch, padded: bool) -> VisionTokens:
         raise ImageError("a model that reads only text was given an image")
     ops = model.vision_ops(len(patches.patches)) if padded and model.vision_ops else model.ops
     return stages.vit(model.weights.vision, patches, config=model.config.vision, ops=ops)
-
-
-@define(eq=False)
-class Lease:
-    """What one call has of a model: its programs, and the pool that they belong to, which every stage replaces."""
-
-    programs: Programs
-    pool: KVPool
-
-
-@define(eq=False)
-class Shelf:
-    """Where programs and pool lie between calls; one call at a time has them."""
-
-    kept: Lease | None = field(default=None, init=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pool that is kept."""
-        return sum(t.nbytes for t in leaves(self.kept.pool)) if self.kept else 0
-
-    def clear(self) -> None:
-        """Let go of what is kept."""
-        self.kept = None
-
-    def take(self, model: Model, pages: int, make_pool: Callable[[], KVPool]) -> Lease:
-        """What is kept, if its pool has `pages` usable pages or more; or new programs over a new pool."""
-        kept, self.kept = self.kept, None
-        if kept is not None and kept.pool.keys.shape[1] > pages:
-            return kept
-        del kept  # the memory of a pool that is too small is free before there is a new one
-        return Lease(make_programs(model), make_pool())
-
-    def put(self, model: Model, lease: Lease) -> None:
-        """Keep them for the next call where recordings are dear, which is on a GPU; never a pool that a stage lost."""
-        if model.pads and not is_donated(lease.pool):
-            self.kept = lease

@@ -117,7 +117,7 @@ def test_company_order_and_limits_change_no_token(
     running: int | None, total: int | None, chunk: int,
 ) -> None:  # fmt: skip
     prompts = [*four_prompts(vision_model), *four_prompts(vision_model, 9)[1:3]]
-    module: Any = importlib.import_module("mllm.generate")
+    module: Any = importlib.import_module("mllm.loop")
     alone = [
         mllm.generate(vision_model.ours, [p], max_new_tokens=n, sampling=s)[0]
         for p, n, s in zip(prompts, limits, settings, strict=True)

@@ -26,8 +26,9 @@ from mllm.cache import KVPool, bytes_per_token
 from mllm.errors import ImageError, MemoryBudgetError, PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import plan
-from mllm.programs import Lease, make_programs
+from mllm.programs import make_programs
 from mllm.sampling import Sampling
+from mllm.shelf import Lease
 
 GB = 10**9
 EIGHT = families.preset("qwen3-vl-8b")

@@ -9,7 +9,6 @@ import itertools
 import random
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,8 +23,8 @@ import mllm
 from mllm import buckets, budget, segments, stages
 from mllm.cache import KVPool
 from mllm.completion import Completion
-from mllm.programs import Shelf
 from mllm.sampling import Sampling
+from mllm.shelf import Shelf
 from mllm.table import RequestTable
 
 NEW = [5, 3, 6, 4]
@@ -40,7 +39,7 @@ def four(model: Tiny, **options: Any) -> list[Completion]:
 def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens are read at once as on a CPU, or one step behind as on a GPU, whose batches are padded and list every page."""
     if request.param == 2:
-        monkeypatch.setitem(importlib.import_module("mllm.generate").AHEAD, False, 2)
+        monkeypatch.setitem(importlib.import_module("mllm.loop").AHEAD, False, 2)
         size = buckets.decode_size
         monkeypatch.setattr(buckets, "decode_size", lambda pads, *counts: size(True, *counts))
     return int(request.param)
@@ -124,10 +123,8 @@ def test_a_pool_that_stays_between_calls_is_whole_after_a_fault_or_goes(
     vision_model: Tiny, faults: Faults, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, whose recordings belong to one pool: whatever a fault left in it, the next call is right."""
-
     put = Shelf.put
-    gpu = SimpleNamespace(pads=True)
-    monkeypatch.setattr(Shelf, "put", lambda shelf, model, lease: put(shelf, gpu, lease))
+    monkeypatch.setattr(Shelf, "put", lambda shelf, lease, keep: put(shelf, lease, keep=True))
     model = evolve(vision_model.ours)  # with a shelf of its own
 
     def run() -> list[Completion]:
