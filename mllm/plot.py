@@ -120,7 +120,8 @@ def _panels(pyplot: Any, panels: Sequence[tuple[str, Lines]], x: str, y: str) ->
             axis.plot(*zip(*points, strict=True), marker="o", label=name, linestyle=style, color=colour)
         _dress(axis, title, x, y, lines)
         values = [value for points in lines.values() for _, value in points]
-        words.append(f"{title} from {_short(min(values))} to {_short(max(values))} in lines for {', '.join(sizes)}")
+        ends = dict.fromkeys(_short(end(values)) for end in (min, max))
+        words.append(f"{title} {' to '.join(ends)} in lines for {', '.join(sizes)}")
     return Drawing(figure, f"{y.capitalize()}, over {x}, on log scales: {'; '.join(words)}.")
 
 
