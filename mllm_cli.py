@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="run the benchmarks; takes pytest's options",
         usage="mllm bench [PYTEST OPTION ...]",
         description="Run pytest on the benchmarks of the checkout; every option goes to pytest. `mllm bench -- --help` "
-        "shows pytest's own.",
+        "lists them, those of the benchmarks under 'mllm benchmarks'.",
     )  # fmt: skip
     bench.set_defaults(options=[])
     commands.add_parser("plot", add_help=False, help="draw a benchmark's results").set_defaults(options=[])

@@ -240,7 +240,7 @@ def machine(vision_model: Tiny) -> type[RuntimeMachine]:
 def test_stages_in_any_order_with_faults_and_aborts_give_each_prompt_its_own_tokens(
     machine: type[RuntimeMachine],
 ) -> None:
-    """200 runs of 50 steps; 2,000 with --thorough."""
+    """200 runs of up to 50 steps; 2,000 with --thorough."""
     from hypothesis.stateful import run_state_machine_as_test
 
     with torch.inference_mode():

@@ -206,5 +206,5 @@ def test_the_figures_of_the_security_page_are_those_of_the_tests() -> None:
     assert f"{mllm.images.MAX_RATIO}:1" in page
     assert "460 streams" in page
     assert '"aborts", [460]' in source["reliability"]
-    assert "200 runs of 50 steps" in page
+    assert "200 runs of up to 50 steps" in page
     assert "examples(200, stateful_step_count=50)" in source["runtime"]
