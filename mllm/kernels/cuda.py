@@ -7,7 +7,7 @@ the device, so each of the tables can be recorded as a graph.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 
 import attrs
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
-from mllm.kernels import attend, elementwise, flash, linear, long_prompts, reference, rope, rotary, skinny, step
+from mllm.kernels import attend, elementwise, flash, linear, long_prompts, reference, rope, skinny, step
 from mllm.kernels.attend import DecodePlan
 from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
@@ -181,14 +181,8 @@ def _attend_prompts(
 
 
 def _rotary(batch: ForwardBatch, config: TextConfig, *, pdl: bool) -> tuple[Tensor, Tensor]:
-    frequencies = _frequencies(config.head_dim // 2, config.rope_theta, batch.positions.device)
+    frequencies = rope.frequencies(config.head_dim // 2, config.rope_theta, batch.positions.device)
     return step.rotary(batch.positions, frequencies, config.mrope_section, pdl=pdl)
-
-
-@lru_cache(maxsize=16)
-def _frequencies(count: int, theta: float, device: torch.device) -> Tensor:
-    """A constant of the model, made once: six small kernels that a step need not repeat."""
-    return rotary.frequencies(count, theta, device)
 
 
 def _sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor, *, pdl: bool) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels import flash, patches, rope, rotary
+from mllm.kernels import flash, patches, rope
 from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference_vision import EPS
@@ -69,15 +69,10 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 
 
 def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool) -> VisionPlan:
-    frequencies = _frequencies(config.head_dim // 4, config.rope_theta, batch.coords.device)
+    frequencies = rope.frequencies(config.head_dim // 4, config.rope_theta, batch.coords.device)
     cos, sin = rope.axial(batch.coords, frequencies)
     spans = () if captured else tuple(pairwise(batch.indptr.tolist()))
     return VisionPlan(cos=cos, sin=sin, indptr=batch.indptr, spans=spans, heads=config.num_heads)
-
-
-@lru_cache(maxsize=16)
-def _frequencies(count: int, theta: float, device: torch.device) -> Tensor:
-    return rotary.frequencies(count, theta, device)
 
 
 def layer_norm_linear(

@@ -5,12 +5,21 @@ For prompts (`rotate_write`) and for the vision encoder (`rotate_heads`); decode
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mllm.kernels import rotary
 from mllm.kernels.pdl import FUSED
+
+
+@lru_cache(maxsize=16)
+def frequencies(count: int, theta: float, device: torch.device) -> Tensor:
+    """As `rotary.frequencies`, made once: six small kernels that a pass need not repeat."""
+    return rotary.frequencies(count, theta, device)
 
 
 @triton.jit
