@@ -96,7 +96,9 @@ class Loop:
         self.batch = None
         try:
             drawn = _prefill_and_draw(self.model, self.lease, self.table, part, self.features)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             self.lease.pool = kept
             failed = _out_of_memory("prefill", [self.runs[row] for row in {s.row for s in part}], error)
             self.prompts = deque(segments.without(self.prompts, set(dict(failed))))
@@ -113,7 +115,9 @@ class Loop:
                 self.longest = max(int(self.table.length[run.row]) for run in self.decoding)
                 self.batch, self.sampling = _decode_batch(self.model, self.table, self.decoding, self.longest + 1)
             self.lease.pool, self.batch, tokens = programs.step(self.lease.pool, self.batch, self.sampling)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             self.lease.pool, self.batch = kept, None
             self.reads.clear()
             return _out_of_memory("decode", self.decoding, error)
@@ -137,6 +141,11 @@ class Loop:
             self.features.pop(self.runs.pop(row).request.index, None)
 
 
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory ran out: a GPU's, Python's, or a CPU's, for which PyTorch has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't" in str(error)
+
+
 def _out_of_memory(stage: str, runs: Sequence[Run], error: BaseException) -> Ends:
     """The ends of requests whose batch had no memory to run in."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -152,7 +161,9 @@ def _encode_all(model: Model, programs: Programs, runs: Sequence[Run], features:
                 features[run.request.index] = encode(model, programs, run.request)
         except ImageError as error:
             failed.append((run.row, run.fail(str(error))))
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             failed += _out_of_memory("the vision encoder", [run], error)
     return failed
 

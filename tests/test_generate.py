@@ -327,9 +327,9 @@ def test_progress_is_silent_unless_asked_for(text_model: Tiny, capfd: pytest.Cap
 @pytest.mark.parametrize(
     "op", ["embed", "attend_", "norm_gate", "head", "sample", "advance_", "attend_images", "merge"]
 )
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(("at", "kind"), [(0, "GPU"), (2, "GPU"), (2, "CPU")])
 def test_memory_that_runs_out_in_any_op_fails_the_requests_of_its_batch_and_no_other(
-    vision_model: Tiny, tables: list[RequestTable], op: str, at: int
+    vision_model: Tiny, tables: list[RequestTable], op: str, at: int, kind: str
 ) -> None:
     prompts, calls = four_prompts(vision_model), itertools.count()
     want = mllm.generate(vision_model.ours, prompts, max_new_tokens=4)
@@ -337,14 +337,16 @@ def test_memory_that_runs_out_in_any_op_fails_the_requests_of_its_batch_and_no_o
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == at:
-            raise torch.OutOfMemoryError("no memory")
+            if kind == "CPU":
+                torch.empty(2**60, dtype=torch.uint8)
+            raise torch.OutOfMemoryError("can't allocate memory")
         return real(*args, **kwargs)
 
     model = with_ops(vision_model.ours, **{op: fails})
     outs = mllm.generate(model, prompts, max_new_tokens=4, max_running_requests=2)
     failed = [out for out in outs if out.finish_reason == "error"]
     assert 1 <= len(failed) <= 2
-    assert all("out of memory in" in (out.error or "") and "no memory" in (out.error or "") for out in failed)
+    assert all("out of memory in" in (out.error or "") and "can't allocate" in (out.error or "") for out in failed)
     for out, whole in zip(outs, want, strict=True):
         assert out in failed or (out.tokens, out.finish_reason) == (whole.tokens, "length")
         assert out.tokens == whole.tokens[: len(out.tokens)]
