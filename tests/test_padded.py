@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
-from tiny import Tiny, four_prompts
+from tiny import Tiny, four_prompts, words
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,6 +49,17 @@ def test_padded_and_recorded_calls_give_the_tokens_of_plain_ones(padded: mllm.Mo
     for rows in (3, 1):
         outs = mllm.generate(padded, prompts, max_new_tokens=limits, max_running_requests=rows)
         assert [out.tokens for out in outs] == expected
+
+
+def test_prompts_padded_to_as_many_rows_as_tokens_have_the_logits_of_their_own_last_tokens(
+    padded: mllm.Model, vision_model: Tiny
+) -> None:
+    prompts = [mllm.Prompt(words(count, seed)) for seed, count in enumerate((1, 1, 2, 1, 2, 1, 1, 2, 1))]
+    size = buckets.prompt_size(True, sum(len(p.tokens) for p in prompts), len(prompts), 1, 0)
+    assert size is not None
+    assert size.tokens == size.rows == 16
+    expected = mllm.generate(vision_model.ours, prompts, max_new_tokens=1)
+    assert [out.tokens for out in mllm.generate(padded, prompts, max_new_tokens=1)] == [o.tokens for o in expected]
 
 
 def test_programs_and_pool_stay_with_the_model_and_are_lent_to_one_call_at_a_time(padded: mllm.Model) -> None:

@@ -7,7 +7,9 @@ the device, so each of the tables can be recorded as a graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import attrs
 import torch
@@ -27,6 +29,7 @@ SKINNY_ROWS = 128
 """Rows up to which the products of `skinny` beat cuBLAS on an H200; the record is in `docs/performance.md`."""
 FLASH_TOKENS = 2048
 """Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same."""
+Product = Callable[..., Tensor]  # y [T K], weight [N K] -> [T N], gated [T N/2], or in parts [... T N]
 
 
 def decode_ops(rows: int, *, pdl: bool) -> Ops:
@@ -47,7 +50,8 @@ def decode_ops(rows: int, *, pdl: bool) -> Ops:
             norm_gate=partial(linear.norm_gate, pdl=pdl),
             head=partial(linear.head, pdl=pdl),
         )
-    return attrs.evolve(ops, **(_few_rows(pdl) if rows <= SKINNY_ROWS else MANY_ROWS))
+    chain = pdl and rows <= SKINNY_ROWS  # beyond, cuBLAS would break it
+    return attrs.evolve(ops, **_products(rows, pdl=chain), head=partial(_head, every=True, pdl=chain))
 
 
 def prompt_ops(tokens: int, *, wide: bool, fa3: bool = False) -> Ops:
@@ -62,60 +66,49 @@ def prompt_ops(tokens: int, *, wide: bool, fa3: bool = False) -> Ops:
         put_=elementwise.put_,
         add_=elementwise.add_,
         sample=partial(_sample, pdl=False),
-        **(_few_rows(pdl=False) if tokens <= SKINNY_ROWS else MANY_ROWS),
+        **_products(tokens, pdl=False),
+        head=partial(_head, every=False, pdl=False),
     )
 
 
-def _few_rows(pdl: bool) -> dict[str, object]:
-    """Products of 2 to `SKINNY_ROWS` rows; those that end in the residual stream stay in parts."""
-
-    def norm_linear(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
-        x, y = add_norm(x, norm, eps=eps, pdl=pdl)
-        return x, skinny.linear(y, weight, pdl=pdl)
-
-    def norm_gate(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
-        x, y = add_norm(x, norm, eps=eps, pdl=pdl)
-        return x, skinny.linear(y, weight, gate=True, pdl=pdl)
-
-    def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
-        return Pending(x, skinny.linear(y, weight, parts=True, pdl=pdl))
-
-    def head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-        y = add_norm(_rows(x, last), norm, eps=eps, pdl=pdl)[1]
-        return skinny.linear(y, weight, pdl=pdl, dtype=torch.float32)
-
-    return {"norm_linear": norm_linear, "norm_gate": norm_gate, "linear_add": linear_add, "head": head}
+def _products(rows: int, *, pdl: bool) -> dict[str, Callable[..., Any]]:
+    """The ops around the products of a layer; those that end in the residual stream stay pending for the next norm."""
+    product: Product = F.linear
+    gated: Product = _gated
+    parts: Product = _parts
+    if rows <= SKINNY_ROWS:
+        product = partial(skinny.linear, pdl=pdl)
+        gated, parts = partial(product, gate=True), partial(product, parts=True)
+    return {
+        "norm_linear": partial(_after_norm, product=product, pdl=pdl),
+        "norm_gate": partial(_after_norm, product=gated, pdl=pdl),
+        "linear_add": lambda y, weight, x: Pending(x, parts(y, weight)),
+    }
 
 
-def _norm_linear(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
-    x, y = add_norm(x, norm, eps=eps)
-    return x, F.linear(y, weight)
+def _after_norm(
+    x: Stream, norm: Tensor, weight: Tensor, *, eps: float, product: Product, pdl: bool
+) -> tuple[Stream, Tensor]:
+    x, y = add_norm(x, norm, eps=eps, pdl=pdl)
+    return x, product(y, weight)
 
 
-def _norm_gate(x: Stream, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Stream, Tensor]:
-    x, y = add_norm(x, norm, eps=eps)
-    return x, elementwise.gate(F.linear(y, weight))
+def _gated(y: Tensor, weight: Tensor) -> Tensor:
+    return elementwise.gate(F.linear(y, weight))
 
 
-def _linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
-    return Pending(x, F.linear(y, weight).unsqueeze(0))
+def _parts(y: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(y, weight).unsqueeze(0)
 
 
-def _head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    y = add_norm(_rows(x, last), norm, eps=eps)[1]
+def _head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, every: bool, pdl: bool) -> Tensor:
+    """`every`: of a decode step, whose positions are its rows in order."""
+    if not every:
+        x = x.at(last) if isinstance(x, Pending) else x.index_select(0, last)
+    y = add_norm(x, norm, eps=eps, pdl=pdl)[1]
     if len(y) <= SKINNY_ROWS:
-        return skinny.linear(y, weight, pdl=False, dtype=torch.float32)
+        return skinny.linear(y, weight, pdl=pdl, dtype=torch.float32)
     return F.linear(y, weight).float()
-
-
-MANY_ROWS = {"norm_linear": _norm_linear, "norm_gate": _norm_gate, "linear_add": _linear_add, "head": _head}
-
-
-def _rows(x: Stream, last: Tensor) -> Stream:
-    """The rows `last` of the stream; all of it where there are as many, which in decode are the same."""
-    if len(last) == len(x.x if isinstance(x, Pending) else x):
-        return x
-    return x.at(last) if isinstance(x, Pending) else x.index_select(0, last)
 
 
 def _decode_plan(
