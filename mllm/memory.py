@@ -26,14 +26,16 @@ def allocate(
     free, size = budget.available(model.device), profile.page_size
     longest = -(-max(request.slots for request in made) // size)
     room = free + (model.shelf.nbytes if reuse else 0)
-    if _peak(model, made, rows, profile).total > free or not _fits(model, made, rows, profile, room):
+    pool, beside = _bytes(model, made, rows, profile)
+    if beside > free or pool + beside > room:
         model.shelf.clear()
         gc.collect()  # earlier calls that failed may hang in their tracebacks, with their pools
         room = budget.available(model.device)
-    while not _fits(model, made, rows, profile, room):
+    while pool + beside > room:
         if rows == 1:
             raise MemoryBudgetError(_refusal(model, made, profile, room))
         rows -= 1
+        pool, beside = _bytes(model, made, rows, profile)
     pages = _pages(made, rows, profile)
     return RequestTable.empty(rows=rows, pages=pages, page_size=size, row_pages=longest)
 
@@ -53,8 +55,9 @@ def pool_pages(model: Model, table: RequestTable) -> int:
     return max(needed, min(buckets.power_of_two(needed), most))
 
 
-def _fits(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfile, free: int) -> bool:
-    return _pool_bytes(_pages(made, rows, profile), profile) + _peak(model, made, rows, profile).total <= free
+def _bytes(model: Model, made: Sequence[Request], rows: int, profile: MemoryProfile) -> tuple[int, int]:
+    """Bytes of the pool for `rows` rows, and of what runs beside it."""
+    return _pool_bytes(_pages(made, rows, profile), profile), _peak(model, made, rows, profile).total
 
 
 def _pages(made: Sequence[Request], rows: int, profile: MemoryProfile) -> int:

@@ -197,4 +197,4 @@ def recorder_for(device: torch.device) -> Recorder:
 
 def _recorder_for(given: dict[str, Any]) -> Recorder:
     devices = {t.device.type for t in leaves(tuple(given.values()))}
-    return cuda_recorder() if "cuda" in devices else eager_recorder
+    return recorder_for(torch.device("cuda" if "cuda" in devices else "cpu"))

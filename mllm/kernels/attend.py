@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mllm.kernels.flash import LOG2E
 from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.state import State, state, tensor
-
-LOG2E = 1.4426950408889634
 
 
 class Split(NamedTuple):
