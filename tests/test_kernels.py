@@ -7,6 +7,7 @@ pytest tests/test_kernels.py --device cuda
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from typing import Any
 
@@ -145,6 +146,32 @@ def test_rotary_tables_hold_at_long_positions(position: int, device: str, ops: f
     frequencies = rotary.frequencies(64, 5e6, positions.device)
     for got, want in zip(step.rotary(positions, frequencies, (24, 20, 20), pdl=False), expected, strict=True):
         assert float((got - want.squeeze(1)).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("size", [16, 40, 72, 112, 128])
+def test_attention_takes_heads_of_any_size(size: int, device: str, ops: functools.partial[Ops]) -> None:
+    from mllm.kernels import flash
+
+    bounds, heads = [0, 70, 70, 101], 3
+    generator = torch.Generator().manual_seed(size)
+    q, k, v = torch.randn(3, bounds[-1], heads, size, generator=generator).to(device)
+    indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
+    got = flash.images(q * size**-0.5 * flash.LOG2E, k, v, indptr, tile=flash.tile_for(bounds[-1], size, wide=False))
+    for a, b in itertools.pairwise(bounds):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), k[a:b].double()) * size**-0.5
+        want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b].double()).flatten(1)
+        assert a == b or error(got[a:b], want) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(5, 96, 48), (130, 2048, 200), (256, 4096, 64), (3, 1088, 40)], ids=str)
+def test_the_parts_of_a_product_add_up_to_it(shape: tuple[int, int, int], device: str) -> None:
+    from mllm.kernels.norm import split_linear
+
+    rows, inputs, outputs = shape
+    y, weight = (torch.randn(n, inputs, generator=torch.Generator().manual_seed(n)) for n in (rows, outputs))
+    parts = split_linear(y.to(device), weight.to(device))
+    assert (len(parts) > 1) == (inputs >= 1024)
+    assert error(parts.sum(0), y.to(device).double() @ weight.to(device).double().T) < 1e-5
 
 
 @pytest.mark.cuda

@@ -311,7 +311,8 @@ def call(ops: Ops, case: Case, args: list[Any], kwargs: dict[str, Any]) -> Tenso
         return ops.attend_images(args[0], ops.vision_plan(args[1], config=VISION))
     out = getattr(ops, case.op)(*args, **kwargs)
     if hasattr(out, "parts"):  # a residual stream to which something is still to be added
-        return out.x + out.parts.sum(0).to(out.x.dtype)  # type: ignore[no-any-return]
+        shift = 0.0 if out.bias is None else out.bias
+        return out.x + (out.parts.sum(0) + shift).to(out.x.dtype)  # type: ignore[no-any-return]
     return out[1] if isinstance(out, tuple) else out
 
 

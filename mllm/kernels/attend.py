@@ -98,20 +98,38 @@ def _tile(keys, values, pages, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: 
 
 
 @triton.jit
-def _merge(partial, stats, head, live, out, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-           SPLITS: tl.constexpr):  # fmt: skip
-    """out [G D]: the splits of one head, weighted by their softmax sums. Read from L2, where the others wrote them."""
+def _unmerged(partial, stats, head, live, g, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+              SPLITS: tl.constexpr):  # fmt: skip
+    """(maxima, sums, results) of the splits of one query head. Read from L2, where the others wrote them."""
     d = tl.arange(0, DP)
     s = tl.arange(0, SPLITS)
+    at = (head * SPLITS + s) * G + g
+    top = tl.load(stats + at * 2, mask=s < live, other=-float("inf"), cache_modifier=".cg")
+    total = tl.load(stats + at * 2 + 1, mask=s < live, other=0.0, cache_modifier=".cg")
     mask = (s < live)[:, None] & (d < D)[None, :]
+    return top, total, tl.load(partial + at[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _merge(partial, stats, head, live, out, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+           SPLITS: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """out [G D]: the splits of a key/value head's query heads, weighted by their softmax sums.
+
+    AHEAD: those of a head are asked for before the one before it is summed up, at the price of registers.
+    """
+    d = tl.arange(0, DP)
+    top, total, acc = _unmerged(partial, stats, head, live, 0, G, D, DP, SPLITS)
     for g in tl.static_range(G):
-        at = (head * SPLITS + s) * G + g
-        top = tl.load(stats + at * 2, mask=s < live, other=-float("inf"), cache_modifier=".cg")
-        total = tl.load(stats + at * 2 + 1, mask=s < live, other=0.0, cache_modifier=".cg")
-        acc = tl.load(partial + at[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        if AHEAD and g + 1 < G:
+            top_after, total_after, acc_after = _unmerged(partial, stats, head, live, g + 1, G, D, DP, SPLITS)
         weight = tl.exp2(top - tl.max(top, 0))
         merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
         tl.store(out + g * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+        if g + 1 < G:
+            if AHEAD:
+                top, total, acc = top_after, total_after, acc_after
+            else:
+                top, total, acc = _unmerged(partial, stats, head, live, g + 1, G, D, DP, SPLITS)
 
 
 @triton.jit
@@ -190,7 +208,7 @@ def attend_kernel(
     tl.store(stats + mine * 2 + 1, total, mask=g < G)
     tl.debug_barrier()  # every store of this program comes before its arrival
     if tl.atomic_add(arrived + head, 1, sem="acq_rel") == live - 1:
-        _merge(partial, stats, head, live, result, G, D, DP, SPLITS)
+        _merge(partial, stats, head, live, result, G, D, DP, SPLITS, STAGES == 1)
         tl.store(arrived + head, 0)
 
 

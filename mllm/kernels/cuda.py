@@ -20,7 +20,7 @@ from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
 from mllm.kernels import attend, elementwise, flash, linear, long_prompts, reference, rope, skinny, step
 from mllm.kernels.attend import DecodePlan
-from mllm.kernels.norm import Pending, Stream, add_norm
+from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.state import State, state, tensor
@@ -75,7 +75,7 @@ def _products(rows: int, *, pdl: bool) -> dict[str, Callable[..., Any]]:
     """The ops around the products of a layer; those that end in the residual stream stay pending for the next norm."""
     product: Product = F.linear
     gated: Product = _gated
-    parts: Product = _parts
+    parts: Product = split_linear
     if rows <= SKINNY_ROWS:
         product = partial(skinny.linear, pdl=pdl)
         gated, parts = partial(product, gate=True), partial(product, parts=True)
@@ -95,10 +95,6 @@ def _after_norm(
 
 def _gated(y: Tensor, weight: Tensor) -> Tensor:
     return elementwise.gate(F.linear(y, weight))
-
-
-def _parts(y: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(y, weight).unsqueeze(0)
 
 
 def _head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, every: bool, pdl: bool) -> Tensor:

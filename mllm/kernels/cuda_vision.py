@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
 from mllm.kernels import flash, patches, rope
-from mllm.kernels.norm import Pending, Stream, add_norm
+from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference_vision import EPS
 from mllm.state import State, state, tensor
@@ -99,7 +99,7 @@ def attend_images(qkv: Tensor, plan: VisionPlan, *, wide: bool) -> Tensor:
 
 
 def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Stream:
-    return Pending(x, F.linear(y, weight, bias).unsqueeze(0))
+    return Pending(x, split_linear(y, weight), bias)
 
 
 def layer_norm_gelu(x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Stream, Tensor]:
@@ -111,7 +111,7 @@ def layer_norm_gelu(x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, 
 def merge(x: Stream, weights: Merger | TapMerger) -> Tensor:
     joined = weights.up.shape[1]
     if isinstance(x, Pending) and len(weights.norm) == joined:  # neighbours are joined first, so they are added first
-        x = Pending(x.x.view(-1, joined), x.parts.view(len(x.parts), -1, joined))
+        x = x.joined(joined)
     elif not isinstance(x, Pending):
         x = x.view(-1, len(weights.norm))
     y = add_norm(x, weights.norm, weights.norm_bias, eps=EPS)[1]

@@ -42,49 +42,62 @@ def _locate(indptr, tile, B, BP: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _keys(keys, values, pages, t, end, head, KS: tl.constexpr, VS: tl.constexpr, D: tl.constexpr,
-          DP: tl.constexpr, S: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Keys and values [BN DP] of tokens from t on; those at or beyond `end` are zeros where MASKED."""
-    d = tl.arange(0, DP)
+def _columns(base, rows, inside, FIRST: tl.constexpr, W: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Columns [n W] from FIRST on of the head vectors at base + rows [n]; zeros beyond D, and where MASKED outside."""
+    d = FIRST + tl.arange(0, W)
+    at = base + rows[:, None] + d[None, :]
+    if MASKED or FIRST + W > D:
+        return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _tokens(pages, t, end, S: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr):
+    """(where BN tokens from t on lie in the pool, whether they are before `end`)."""
     token = t + tl.arange(0, BN)
     at = token
     if PAGED:
         at = tl.load(pages + token // S, mask=token < end, other=0) * S + token % S
-    k = keys + at.to(tl.int64)[:, None] * KS + (head + d)[None, :]
-    v = values + at.to(tl.int64)[:, None] * VS + (head + d)[None, :]
-    mask = (d < D)[None, :]
-    if MASKED:
-        mask &= (token < end)[:, None]
-    if MASKED or D < DP:
-        return tl.load(k, mask=mask, other=0.0), tl.load(v, mask=mask, other=0.0)
-    return tl.load(k), tl.load(v)
+    return at.to(tl.int64), token < end
 
 
 @triton.jit
-def _attend(q, k, v, top, total, acc, visible, MASKED: tl.constexpr):
+def _attend(
+    q, q_rest, keys, values, at, inside, top, total, acc, acc_rest, visible, KS: tl.constexpr, VS: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One tile of keys: the running maximum, sum and result of an online softmax."""
+    k = _columns(keys, at * KS, inside, 0, W, D, MASKED)
+    v = _columns(values, at * VS, inside, 0, W, D, MASKED)
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if REST > 0:
+        k_rest = _columns(keys, at * KS, inside, W, REST, D, MASKED)
+        v_rest = _columns(values, at * VS, inside, W, REST, D, MASKED)
+        score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision="ieee")
     if MASKED:
         score = tl.where(visible, score, -float("inf"))
     new = tl.maximum(top, tl.max(score, 1))
     p = tl.exp2(score - new[:, None])
     fade = tl.exp2(top - new)
     total = total * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return new, total, acc
+    p = p.to(v.dtype)
+    acc = tl.dot(p, v, acc * fade[:, None], input_precision="ieee")
+    if REST > 0:
+        acc_rest = tl.dot(p, v_rest, acc_rest * fade[:, None], input_precision="ieee")
+    return new, total, acc, acc_rest
 
 
 @triton.jit
 def flash_kernel(
     q, keys, values, out, indptr, lengths, pages, B, N,
-    QS: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    S: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PAGED: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    QS: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    REST: tl.constexpr, S: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PAGED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """out [T H*D] of q [T H D], already times the scale; row b has queries indptr[b] to indptr[b + 1].
 
     PAGED: they are the last of the lengths[b] tokens whose keys and values lie in pages[b]. Else they attend to
-    their own row of keys and values.
+    their own row of keys and values. A head is taken in W columns and, where D is more, REST beside them.
     """
     h = tl.program_id(0)
     b, m0, tiles = _locate(indptr, tl.program_id(1), B, BP, BM)
@@ -93,6 +106,8 @@ def flash_kernel(
     start = tl.load(indptr + b)
     count = tl.load(indptr + b + 1) - start
     length = count
+    keys += (h // G) * D
+    values += (h // G) * D
     if PAGED:
         length = tl.load(lengths + b)
         pages += b * N
@@ -100,33 +115,51 @@ def flash_kernel(
         keys += start.to(tl.int64) * KS
         values += start.to(tl.int64) * VS
     m = m0 + tl.arange(0, BM)
-    d = tl.arange(0, DP)
-    live = (m < count)[:, None] & (d < D)[None, :]
-    rows = (start + m).to(tl.int64)[:, None]
-    tile = tl.load(q + rows * QS + (h * D + d)[None, :], mask=live, other=0.0)
-    head = (h // G) * D
+    live = m < count
+    rows = (start + m).to(tl.int64)
     place = length - count + m  # in the row's context
     end = length
     whole = length // BN * BN  # keys up to here need no mask
     if CAUSAL:
         end = tl.minimum(length, length - count + m0 + BM)
         whole = (length - count + m0 + 1) // BN * BN
+    tile = _columns(q + h * D, rows * QS, live, 0, W, D, True)
+    tile_rest = tile
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, DP], tl.float32)
+    acc = tl.zeros([BM, W], tl.float32)
+    acc_rest = total
+    if REST > 0:
+        tile_rest = _columns(q + h * D, rows * QS, live, W, REST, D, True)
+        acc_rest = tl.zeros([BM, REST], tl.float32)
     for t in tl.range(0, whole, BN, num_stages=STAGES):
-        k, v = _keys(keys, values, pages, t, end, head, KS, VS, D, DP, S, BN, PAGED, False)
-        top, total, acc = _attend(tile, k, v, top, total, acc, True, False)
+        at, inside = _tokens(pages, t, end, S, BN, PAGED)
+        top, total, acc, acc_rest = _attend(
+            tile, tile_rest, keys, values, at, inside, top, total, acc, acc_rest, True, KS, VS, D, W, REST, False
+        )
     for t in tl.range(whole, end, BN):
-        k, v = _keys(keys, values, pages, t, end, head, KS, VS, D, DP, S, BN, PAGED, True)
-        n = t + tl.arange(0, BN)
-        visible = (n < end)[None, :]
+        at, inside = _tokens(pages, t, end, S, BN, PAGED)
+        visible = inside[None, :]
         if CAUSAL:
-            visible &= n[None, :] <= place[:, None]
-        top, total, acc = _attend(tile, k, v, top, total, acc, visible, True)
-    width = tl.num_programs(0) * D
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + rows * width + (h * D + d)[None, :], result, mask=live)
+            visible &= (t + tl.arange(0, BN))[None, :] <= place[:, None]
+        top, total, acc, acc_rest = _attend(
+            tile, tile_rest, keys, values, at, inside, top, total, acc, acc_rest, visible, KS, VS, D, W, REST, True
+        )
+    d = tl.arange(0, W)
+    result = out + (rows * tl.num_programs(0) * D + h * D)[:, None]
+    acc /= total[:, None]
+    tl.store(result + d[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+    if REST > 0:
+        d = W + tl.arange(0, REST)
+        acc_rest /= total[:, None]
+        tl.store(result + d[None, :], acc_rest.to(out.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+
+def _width(size: int) -> tuple[int, int]:
+    """A head size as powers of two that tensor cores take: 128 as (128, 0), 72 as (64, 16), 112 as (128, 0)."""
+    main = max(16, 1 << (size.bit_length() - 1))
+    rest = max(16, triton.next_power_of_2(size - main)) if size > main else 0
+    return (2 * main, 0) if rest == main else (main, rest)
 
 
 def _launch(
@@ -137,12 +170,13 @@ def _launch(
     rows = len(indptr) - 1
     stages = max(1, tile.stages * 2 // q.element_size())  # measured for 16 bits; float32 takes twice the room
     out = q.new_empty(tokens, heads * size)
+    main, rest = _width(size)
     grid = (heads, triton.cdiv(tokens, tile.queries) + rows)  # each row's last tile may be a part of one
     flash_kernel[grid](
         q, keys, values, out, indptr, lengths, pages, rows, pages.shape[-1],
-        QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, DP=max(16, triton.next_power_of_2(size)),
-        S=page_size, BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, STAGES=stages, PAGED=paged,
-        CAUSAL=paged, num_warps=tile.warps, **FUSED,
+        QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, W=main, REST=rest, S=page_size,
+        BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, STAGES=stages, PAGED=paged, CAUSAL=paged,
+        num_warps=tile.warps, **FUSED,
     )  # fmt: skip
     return out
 

@@ -29,6 +29,14 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def _tile(rows, live, at, K: tl.constexpr, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    """Columns `at` of the rows that begin at `rows` [n 1]; zeros where not `live`, or beyond K."""
+    if not EVEN:
+        live &= (at < K)[None, :]
+    return tl.load(rows + at[None, :], mask=live, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit
 def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                   BP: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y [parts B N] from x [B K] and w [N K], part s from inputs s*KS to (s + 1)*KS.
@@ -38,6 +46,7 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     part = tl.program_id(1)
     launch_dependents(PDL)
     OUT: tl.constexpr = BN // 2 if GATE else BN
+    EVEN: tl.constexpr = K % KS == 0 and KS % BK == 0
     first = tl.program_id(0) * OUT
     n = tl.arange(0, BN)
     inside = first + n % OUT < N
@@ -49,10 +58,8 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     wait(PDL)
     for start in tl.range(part * KS, part * KS + KS, BK, num_stages=STAGES):
         at = start + k
-        reach = at < K
-        a = tl.load(w + rows + at[None, :], mask=inside[:, None] & reach[None, :], other=0.0,
-                    eviction_policy="evict_first")  # fmt: skip
-        v = tl.load(x + b[:, None] * K + at[None, :], mask=(b < B)[:, None] & reach[None, :], other=0.0)
+        a = _tile(w + rows, inside[:, None], at, K, EVEN, "evict_first")
+        v = _tile(x + b[:, None] * K, (b < B)[:, None], at, K, EVEN, "")
         acc = tl.dot(a, tl.trans(v), acc, input_precision="ieee")
     out = tl.trans(acc)  # [BP BN]
     if GATE:
@@ -63,19 +70,16 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     tl.store(y + (part * B + b)[:, None] * N + o[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
-def tile_for(rows: int, outputs: int, inputs: int, *, gate: bool) -> Tile:
-    """What was fastest on an H200 at the shapes of the 2B model; the record is in `docs/performance.md`.
+def tile_for(rows: int, outputs: int, *, gate: bool) -> Tile:
+    """What was fastest on an H200 at the shapes of the 2B, 4B and 8B models; the record is in `docs/performance.md`.
 
-    Fewer rows want smaller tiles and more of them in flight. Some hundred programs fill the chip, so a product with
-    fewer outputs than that is split over its inputs. All fit the 163 KB of shared memory of an Orin's block.
+    Fewer rows want more tiles in flight. Some hundred programs fill the chip, so a product with fewer outputs than that
+    is split over its inputs. All fit the 163 KB of shared memory of an Orin's block.
     """
-    stages = 6 if rows <= 32 else 5 if rows <= 64 else 3
     if gate:
-        return Tile(32, 128, 1, 2, 6) if rows <= 16 else Tile(64, 128, 1, 4, 4) if rows <= 32 else Tile(64, 64, 1, 4, 6)
-    blocks = triton.cdiv(outputs, 64)
-    if blocks >= 64:
-        return Tile(32 if rows <= 16 else 64, 128, 1, 4, stages)
-    return Tile(64, 128, max(1, min(8, 128 // blocks)), 4, stages)
+        return Tile(32, 128, 1, 4, 6) if rows <= 16 else Tile(64, 128, 1, 4, 4) if rows <= 32 else Tile(64, 64, 1, 4, 6)
+    parts = max(1, min(8, 128 // triton.cdiv(outputs, 64)))
+    return Tile(64, 128, parts, 4, 6 if rows <= 32 else 5 if rows <= 64 else 3)
 
 
 def linear(
@@ -86,7 +90,7 @@ def linear(
         raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
     rows, inputs = x.shape
     outputs = len(w) // 2 if gate else len(w)
-    tile = tile_for(rows, outputs, inputs, gate=gate)
+    tile = tile_for(rows, outputs, gate=gate)
     stages = tile.stages * 2 // w.element_size()  # the tiles are measured for 16 bits; float32 takes twice the room
     count = tile.parts if parts else 1
     each = triton.cdiv(triton.cdiv(inputs, count), tile.inputs) * tile.inputs
