@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from mllm import families
 from mllm.batch import ForwardBatch, PatchBatch
-from mllm.kernels import cuda, cuda_vision, patches
+from mllm.kernels import cuda, cuda_vision, mrope, patches, step
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.sampling import Sampling, sampling_batch
@@ -102,10 +102,27 @@ def vision(model: str, count: int, *, wide: bool) -> None:
         assert ops.merge(x, merger).shape == (count // 4, size["E"])
 
 
+def rotary(model: str, tokens: int, *, wide: bool) -> None:
+    """Tables of both layouts, and heads turned in place: whole, in part, and of a size that 16 does not divide."""
+    size = families.preset(model).text.sizes
+    heads, kv_heads = size["H"], size["K"]
+    for head, half, interleaved in (
+        (size["D"], size["D"] // 2, True),
+        (size["D"], size["D"] // 8, False),
+        (72, 36, True),
+    ):
+        positions, frequencies = empty(3, tokens, dtype=torch.int32), empty(half, dtype=torch.float32)
+        sections = (half - half // 2, half // 4, half // 2 - half // 4)
+        cos, sin = step.rotary(positions, frequencies, sections, interleaved=interleaved, pdl=wide)
+        q, k, _ = empty(tokens, heads + 2 * kv_heads, head).split((heads, kv_heads, kv_heads), 1)
+        mrope.rotate_(q, k, cos, sin, pdl=wide)
+
+
 CALLS: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {  # and the rows, tokens or patches to try
     "decode": (decode, (1, 8, 64, 128)),
     "prompt": (prompt, (64, 256, 2048)),
     "vision": (vision, (256, 4096)),
+    "rotary": (rotary, (256,)),
 }
 
 

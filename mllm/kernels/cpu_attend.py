@@ -188,10 +188,8 @@ def _attend(
 @lru_cache(maxsize=16)
 def _constants(head_dim: int, theta: float, sections: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Of each rotary pair, the radians per position and the position that it turns with."""
-    axes = torch.zeros(head_dim // 2, dtype=torch.int64)
-    for which in (1, 2):
-        axes[which : 3 * sections[which] : 3] = which
-    return rotary.frequencies(head_dim // 2, theta, torch.device("cpu")), axes
+    half, cpu = head_dim // 2, torch.device("cpu")
+    return rotary.frequencies(half, theta, cpu), rotary.axes(half, sections, interleaved=True, device=cpu)
 
 
 def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype) -> Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 from mllm.batch import ForwardBatch
 from mllm.kernels.ops import NOT_FINITE
 from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.rotary import check_sections
 
 
 @triton.jit
@@ -31,14 +34,18 @@ def embed(tokens: Tensor, table: Tensor, *, pdl: bool) -> Tensor:
 
 
 @triton.jit
-def rotary_kernel(positions, frequencies, cos, sin, T, HALF, HEIGHT, WIDTH, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """cos, sin f32 [T HALF] of interleaved M-RoPE at positions [3 T]; see `rotary.mrope`."""
+def rotary_kernel(positions, frequencies, cos, sin, ACROSS, ALONG, HALF, HEIGHT, WIDTH, INTERLEAVED: tl.constexpr,
+                  BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """cos, sin f32 [T HALF] of M-RoPE at positions [3 T], whose steps are ACROSS and ALONG; see `rotary.mrope`."""
     launch_dependents(PDL)
     wait(PDL)
     t = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    axis = tl.where((i % 3 == 1) & (i < 3 * HEIGHT), 1, tl.where((i % 3 == 2) & (i < 3 * WIDTH), 2, 0))
-    place = tl.load(positions + axis * T + t).to(tl.float32)
+    if INTERLEAVED:
+        axis = tl.where((i % 3 == 1) & (i < 3 * HEIGHT), 1, tl.where((i % 3 == 2) & (i < 3 * WIDTH), 2, 0))
+    else:
+        axis = tl.where(i >= HALF - WIDTH, 2, tl.where(i >= HALF - WIDTH - HEIGHT, 1, 0))
+    place = tl.load(positions + axis * ACROSS + t * ALONG).to(tl.float32)
     angle = place * tl.load(frequencies + i, mask=i < HALF, other=0.0)
     # the chip's sine is exact to 2**-21 within one turn only, so whole turns go first, in float64
     turns = angle.to(tl.float64) * 0.15915494309189535
@@ -47,13 +54,21 @@ def rotary_kernel(positions, frequencies, cos, sin, T, HALF, HEIGHT, WIDTH, BLOC
     tl.store(sin + t * HALF + i, tl.sin(angle), mask=i < HALF)
 
 
-def rotary(positions: Tensor, frequencies: Tensor, sections: tuple[int, ...], *, pdl: bool) -> tuple[Tensor, Tensor]:
+def rotary(
+    positions: Tensor, frequencies: Tensor, sections: Sequence[int], *, interleaved: bool = True, pdl: bool
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of M-RoPE: f32 [T pairs] for positions [3 T] of any strides and frequencies f32 [pairs].
+
+    The layouts are those of `rotary.mrope`, and so is the `ShapeError` for sections that do not hold the pairs.
+    """
     count, half = positions.shape[1], len(frequencies)
+    if not interleaved:
+        check_sections(half, sections)
     cos = torch.empty(count, half, dtype=torch.float32, device=positions.device)
     sin = torch.empty_like(cos)
     rotary_kernel[(count,)](
-        positions, frequencies, cos, sin, count, half, sections[1], sections[2],
-        BLOCK=triton.next_power_of_2(half), **options(pdl),
+        positions, frequencies, cos, sin, *positions.stride(), half, sections[1], sections[2],
+        INTERLEAVED=interleaved, BLOCK=triton.next_power_of_2(half), **options(pdl),
     )  # fmt: skip
     return cos, sin
 
