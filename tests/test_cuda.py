@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Any
 
+import attrs
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +16,7 @@ import mllm
 from mllm import buckets, requests, segments, stages
 from mllm.batch import pack
 from mllm.cache import KVPool
+from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.programs import make_programs
 from mllm.sampling import Sampling
@@ -118,6 +122,64 @@ def test_calls_leave_the_memory_of_the_device_where_it_was(model: mllm.Model, ex
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before[0]
     assert torch.cuda.mem_get_info()[0] >= before[1] - 8 * 2**20
+
+
+def run_out(way: str) -> None:
+    """Run out of memory while a stage is recorded; after what CUDA forbids there, it cannot end the recording."""
+    if way == "allocated":
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    if way == "broken":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("stage", "way"), [
+    ("vision", "raised"), ("prompt", "raised"), ("decode", "raised"), ("decode", "allocated"), ("prompt", "broken"),
+    ("decode", "broken"),
+])  # fmt: skip
+def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_call_is_right(
+    model: mllm.Model, examples: list[pictures.Example], stage: str, way: str
+) -> None:
+    prompts = [mllm.prompt(model, pictures.messages(example)) for example in examples[::EACH]]
+    tables, op = getattr(model, f"{stage}_ops"), "linear_bias_add" if stage == "vision" else "norm_gate"
+    armed: list[bool] = []
+
+    def failing(size: int) -> Ops:
+        table = tables(size)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = getattr(table, op)(*args, **kwargs)
+            if armed and torch.cuda.is_current_stream_capturing():
+                armed.pop()
+                run_out(way)
+            return out
+
+        return attrs.evolve(table, **{op: call})
+
+    def at_rest() -> tuple[int, int]:
+        """Bytes that are allocated, and that the driver has free, without what the model keeps for the next call."""
+        broken.shelf.clear()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+
+    broken = attrs.evolve(model, **{f"{stage}_ops": failing})
+    want = mllm.generate(broken, prompts, max_new_tokens=12)
+    before = at_rest()
+    for _ in range(3):
+        armed.append(True)
+        outs = mllm.generate(broken, prompts, max_new_tokens=12)
+        assert not armed
+        assert any("out of memory in" in (out.error or "") for out in outs)
+        assert all(out == whole or out.error for out, whole in zip(outs, want, strict=True))
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        for _ in range(2):  # recorded on the pool that was kept, and replayed
+            assert mllm.generate(broken, prompts, max_new_tokens=12) == want
+        after = at_rest()
+        assert after[0] == before[0]
+        assert after[1] >= before[1] - 8 * 2**20
 
 
 def test_an_abandoned_stream_leaves_the_next_call_right(model: mllm.Model, examples: list[pictures.Example]) -> None:
