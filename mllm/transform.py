@@ -110,7 +110,8 @@ class _Recording:
             )
         self.present = dict(given)
         self._take(given)
-        return self._note(first)
+        lent = {id(t) for v in buffers.values() for t in leaves(v)} - self.held.keys()  # overwritten by the next call
+        return self._note(map_leaves(lambda t: t.clone() if id(t) in lent else t, first))
 
     def call(self, given: dict[str, Any]) -> Tree:
         """A later call: bring the arguments into place, replay, take them, copy the new results out."""

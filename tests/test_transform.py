@@ -133,6 +133,21 @@ def test_another_argument_is_copied_in_each_time_and_never_written(recorder: Any
     assert pool.data.tolist() == [13]
 
 
+def test_an_argument_that_comes_back_is_a_result_like_any_other(recorder: Any) -> None:
+    """At the first call, too, where it is one of the recording's buffers."""
+
+    def fn(pool: Store, batch: Carry, x: Tensor) -> tuple[Store, Carry, Tensor]:
+        pool, batch, _ = bump(pool, batch, x)
+        return pool, batch, x
+
+    step = captured(recorder, fn)
+    pool, batch, held = store(0), carry(0), []
+    for number in (1.0, 2.0, 3.0):
+        pool, batch, out = step(pool, batch, torch.tensor([number]))
+        held.append(out)
+    assert [out.tolist() for out in held] == [[1], [2], [3]]
+
+
 def test_a_carry_from_elsewhere_is_copied_in_and_left_alone(recorder: Any) -> None:
     step = captured(recorder)
     pool, batch, _ = step(store(0), carry(0), torch.zeros(1))
