@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -107,21 +108,48 @@ def test_padded_pictures_give_the_features_of_the_reference(model: mllm.Model, s
             assert float((a - b).norm() / b.norm()) < 1e-4
 
 
-def test_calls_leave_the_memory_of_the_device_where_it_was(model: mllm.Model, examples: list[pictures.Example]) -> None:
-    def run(i: int) -> None:
-        answers(model, examples[i % 7 :: 7], max_running_requests=1 + i % 7)
+def leave_memory_where_it_was(run: Callable[[int], object], *, kinds: int, rounds: int) -> None:
+    """Calls of so many kinds, over and over, after two rounds: the first makes ever larger pools, each of which replaces
+    what was recorded over the last one, and the second records what is missing over the largest."""
 
-    for i in range(7):
-        run(i)
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    for i in range(14):
-        run(i)
-    gc.collect()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before[0]
-    assert torch.cuda.mem_get_info()[0] >= before[1] - 8 * 2**20
+    def held() -> tuple[int, int]:
+        """Bytes that are allocated, and that the driver has free."""
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+
+    for i in range(2 * kinds):
+        run(i % kinds)
+    before = held()
+    for i in range(rounds * kinds):
+        run(i % kinds)
+    after = held()
+    assert after[0] == before[0]
+    assert after[1] >= before[1] - 8 * 2**20
+
+
+def test_calls_leave_the_memory_of_the_device_where_it_was(model: mllm.Model, examples: list[pictures.Example]) -> None:
+    leave_memory_where_it_was(lambda i: answers(model, examples[i::7], max_running_requests=1 + i), kinds=7, rounds=2)
+
+
+def test_a_thousand_calls_leave_the_memory_of_the_device_where_it_was(
+    model: mllm.Model, examples: list[pictures.Example]
+) -> None:
+    """Short ones, so that it takes some twenty seconds: pictures, text of 1 to 400 tokens, one to three rows."""
+    shapes = [
+        [*(mllm.prompt(model, pictures.messages(example)) for example in examples[i::20][:2]),
+         mllm.Prompt([3 + j % 90 for j in range(1 + 57 * (i % 8))])]
+        for i in range(10)
+    ]  # fmt: skip
+    done = Counter[str | None]()
+
+    def run(i: int) -> None:
+        outs = mllm.generate(model, shapes[i], max_new_tokens=1 + i % 4, max_running_requests=1 + i % 3)
+        done.update(out.finish_reason for out in outs)
+
+    leave_memory_where_it_was(run, kinds=10, rounds=100)
+    assert done.keys() <= {"length", "stop"}
+    assert done.total() == 3 * 1020
 
 
 def run_out(way: str) -> None:

@@ -13,6 +13,7 @@ from attrs import evolve
 from faults import Faults
 from graphs import Gpu
 from tiny import Tiny, four_prompts
+from torch import Tensor
 
 import mllm
 from mllm import buckets, programs, stages
@@ -108,6 +109,29 @@ def test_a_graph_that_finds_no_memory_to_be_made_executable_fails_its_batch(
     assert all(out in failed or out == whole for out, whole in zip(outs, want, strict=True))
     settled(model, gpu)
     assert run(model, vision_model) == want
+
+
+def test_calls_that_come_again_record_nothing_and_keep_nothing_more(
+    vision_model: Tiny, model: mllm.Model, gpu: Gpu
+) -> None:
+    """From the third round on: the first makes ever larger pools, each of which replaces what was recorded over the last
+    one, and the second records what is missing over the largest."""
+    prompts = four_prompts(vision_model)
+    kinds = [(rows, new, prompts[rows % 2 :]) for rows, new in ((1, 3), (2, 9), (3, 20), (4, 33))]
+
+    def held() -> tuple[int, int, int]:
+        """Graphs, recordings made so far, and bytes of all tensors that the garbage collector knows."""
+        gc.collect()
+        parts = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), Tensor)]
+        return len(gpu.graphs), len(gpu.pools), sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+
+    rounds = []
+    for _ in range(5):
+        for rows, new, some in kinds:
+            mllm.generate(model, some, max_new_tokens=new, max_running_requests=rows)
+        rounds.append(held())
+    assert rounds[0][0] < rounds[1][0]
+    assert rounds[1:] == [rounds[1]] * 4
 
 
 @pytest.mark.parametrize(("text", "is_memory"), [
