@@ -16,7 +16,7 @@ import psutil
 import torch
 from attrs import asdict, evolve, frozen
 
-from mllm import peak
+from mllm import cgroup, peak
 from mllm.cache import PAGE_SIZE, bytes_per_token
 from mllm.config import Config
 from mllm.errors import MemoryBudgetError
@@ -36,7 +36,8 @@ class MemoryProfile:
     """How the memory of a device is shared out for one model.
 
     device: the device, like "cuda:0".
-    memory: whose memory it is: "GPU", "system" for a CPU, "system, shared with the GPU" for an integrated one.
+    memory: whose memory it is: "GPU", "system" for a CPU, "system, shared with the GPU" for an integrated one; "cgroup" in
+      the place of "system" where the control groups of the process, its container's, leave less than the system has.
     available_before: bytes that could be allocated before the weights were loaded.
     available_after: bytes that could be allocated after.
     weight_bytes: bytes of all parameters.
@@ -100,22 +101,28 @@ def available(device: torch.device) -> int:
     """Bytes that could be allocated on a device now.
 
     A discrete GPU: what CUDA has free. A CPU, and a GPU that shares the system's memory, where CUDA counts what the
-    system could give back as taken: what the system has available. What PyTorch's allocator holds unused counts as free.
-    The limit of a container (cgroup) is not seen.
+    system could give back as taken: what the system has available, or less where a container has a limit. What PyTorch's
+    allocator holds unused counts as free.
     """
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return _system()[0]
     free = torch.cuda.mem_get_info(device)[0]  # first, since it wakes CUDA, and before that there are no statistics
     stats = torch.cuda.memory_stats_as_nested_dict(device)  # `memory_reserved` takes 0.4 ms to flatten all of it
     cached = stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
-    return cached + (int(psutil.virtual_memory().available) if _is_integrated(device) else free)
+    return cached + (_system()[0] if _is_integrated(device) else free)
 
 
 def describe(device: torch.device) -> str:
     """Whose memory a device uses."""
     if device.type != "cuda":
-        return "system"
-    return "system, shared with the GPU" if _is_integrated(device) else "GPU"
+        return _system()[1]
+    return f"{_system()[1]}, shared with the GPU" if _is_integrated(device) else "GPU"
+
+
+def _system() -> tuple[int, str]:
+    """Bytes of the system's memory that this process could allocate now, and who says so: "system" or "cgroup"."""
+    system, group = int(psutil.virtual_memory().available), cgroup.available()
+    return (system, "system") if group is None or system <= group else (group, "cgroup")
 
 
 def _is_integrated(device: torch.device) -> bool:
@@ -215,6 +222,8 @@ def bound(made: MemoryProfile, max_total_tokens: int | None) -> MemoryProfile:
 
 def refusal(made: MemoryProfile, cause: str, remedy: str) -> str:
     """What a `MemoryBudgetError` says: cause, arithmetic, largest context, and what to change in which direction."""
+    if made.memory.startswith("cgroup"):
+        remedy += " Or raise the memory limit of the container: the system has more than it allows."
     return f"{made.device}: {cause}\n{table(made)}\n{remedy}"
 
 

@@ -30,6 +30,12 @@ from mllm.table import RequestTable
 AHEAD = {False: 1, True: 2}  # by whether the model pads
 """Steps whose tokens may be on their way to the host at once: more than one only where a batch lists all the pages that its
 rows will need (`buckets.decode_size`), for a new batch starts from tokens that were read."""
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""What a `RuntimeError` says of memory that ran out elsewhere than in the allocator of a GPU, for which PyTorch has an
+exception: on a CPU, for a graph that is made executable, for the code of a kernel, in a library."""
 Ends = list[tuple[int, Piece]]  # rows, each with the piece that a turn made of it
 
 
@@ -142,8 +148,10 @@ class Loop:
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether memory ran out: a GPU's, Python's, or a CPU's, for which PyTorch has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't" in str(error)
+    """Whether memory ran out: a GPU's, a CPU's, or Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _out_of_memory(stage: str, runs: Sequence[Run], error: BaseException) -> Ends:

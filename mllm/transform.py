@@ -8,10 +8,12 @@ On a CPU the same rules hold, with the function run again in place of a replay, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 
@@ -51,7 +53,9 @@ def capture(
     they are given one `recorder` (`cuda_recorder`).
 
     Raises `CaptureError`, before it takes anything: for a donated argument that lies elsewhere than at the
-    recording, for a signature beyond `limit`, and when `fn` does not hand back what it takes.
+    recording, for a signature beyond `limit`, and when `fn` does not hand back what it takes. What `fn` raises goes on
+    to the caller. At a first call nothing was taken then, nor recorded, and the bytes of a donated argument are what
+    `fn` had written; at a replay the donated and the carried ones are dead.
     """
     parameters = inspect.signature(fn)
     name = getattr(fn, "func", fn).__name__
@@ -106,7 +110,8 @@ class _Recording:
             )
         self.present = dict(given)
         self._take(given)
-        return self._note(first)
+        lent = {id(t) for v in buffers.values() for t in leaves(v)} - self.held.keys()  # overwritten by the next call
+        return self._note(map_leaves(lambda t: t.clone() if id(t) in lent else t, first))
 
     def call(self, given: dict[str, Any]) -> Tree:
         """A later call: bring the arguments into place, replay, take them, copy the new results out."""
@@ -131,8 +136,9 @@ class _Recording:
         present = self.present[argument]
         if value is present and isinstance(value, State):
             return
-        if argument in self.carried and not is_donated(present):
+        if argument in self.carried and present is not None and not is_donated(present):
             _donate(present, to=f"a call of the captured {self.name} with another {argument}")
+        self.present[argument] = None  # a copy that fails leaves some of both
         for buffer, source in zip(leaves(self.buffers[argument]), leaves(value), strict=True):
             buffer.copy_(source, non_blocking=True)
         self.present[argument] = value
@@ -165,30 +171,72 @@ def eager_recorder(run: Run) -> tuple[Tree, Run]:
     return run(), run
 
 
-def cuda_recorder() -> Recorder:
+class _Graphs:
     """For NVIDIA GPUs: CUDA graphs, whose intermediate results share one pool of memory.
 
     They may, because one graph at a time runs on a stream, and `capture` copies results out before the next one.
+    `live`: the replays of the graphs that hold `memory`.
     """
-    memory = torch.cuda.graph_pool_handle()
 
-    def record(run: Run) -> tuple[Tree, Run]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            first = run()  # kernels compile, workspaces are allocated
-        torch.cuda.current_stream().wait_stream(side)
+    def __init__(self) -> None:
+        self.live: WeakSet[Run] = WeakSet()
+
+    def __call__(self, run: Run) -> tuple[Tree, Run]:
+        """Raises what `run` raises; nothing is left then of what it launched or recorded."""
+        if not self.live:  # PyTorch takes no pool again that no graph holds, but a tensor in it, as in a traceback
+            self.memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
-            out = run()
+        recording = torch.cuda.graph(graph, pool=self.memory)
+        # the one stream of all recordings: on each stream that it sees cuBLAS keeps a workspace, 32 MiB on Hopper
+        home, side = torch.cuda.current_stream(), cast(torch.cuda.Stream, recording.capture_stream)
+        side.wait_stream(home)
+        try:
+            with torch.cuda.stream(side):
+                first = run()  # kernels compile, workspaces are allocated
+        finally:  # also what a run launched before it failed reads buffers that are free then, and writes to the pool
+            home.wait_stream(side)
+        out = self._record(recording, run)
 
         def replay() -> Tree:
             graph.replay()
             return out
 
+        self.live.add(replay)
         return first, replay
 
-    return record
+    def _record(self, recording: torch.cuda.graph, run: Run) -> Tree:
+        """What a run returns that is recorded. Raises what it raises, also where CUDA then cannot end the recording."""
+        failed = True
+        with torch.cuda.stream(torch.cuda.current_stream()):  # `recording` goes back there only if it ends
+            recording.__enter__()
+            try:
+                out = run()
+                failed = False
+            finally:
+                try:
+                    recording.__exit__(None, None, None)
+                except RuntimeError:
+                    self._abandon(recording.cuda_graph)
+                    if not failed:
+                        raise
+        return out
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what PyTorch keeps of a recording that CUDA could not end (pytorch#180395 and #190308)."""
+        with contextlib.suppress(RuntimeError):
+            graph.pool()
+            return  # it was ended, but not made executable: all goes with the graph
+        device = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # 2.12 and later have done so
+            torch._C._cuda_endAllocateToPool(device, self.memory)
+        if torch.__version__ < "2.13.1":  # the last that is known to keep it; twice would be worse than never
+            torch._C._cuda_releasePool(device, self.memory)
+        self.live.clear()  # to record with another pool: up to 2.11, pinned memory still counts this one as recorded to
+
+
+def cuda_recorder() -> Recorder:
+    """For NVIDIA GPUs: CUDA graphs that share the memory of their intermediate results."""
+    return _Graphs()
 
 
 def recorder_for(device: torch.device) -> Recorder:

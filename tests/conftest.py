@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("tiny", "running", "tokenizer_files", "faults")
+pytest.register_assert_rewrite("tiny", "running", "tokenizer_files", "faults", "graphs")
 
 from faults import faults  # noqa: E402, F401  (a fixture)
 from tiny import Tiny, make_tiny  # noqa: E402  (after its asserts are set to be rewritten)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import attrs
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +17,7 @@ import mllm
 from mllm import buckets, requests, segments, stages
 from mllm.batch import pack
 from mllm.cache import KVPool
+from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.programs import make_programs
 from mllm.sampling import Sampling
@@ -103,21 +108,106 @@ def test_padded_pictures_give_the_features_of_the_reference(model: mllm.Model, s
             assert float((a - b).norm() / b.norm()) < 1e-4
 
 
-def test_calls_leave_the_memory_of_the_device_where_it_was(model: mllm.Model, examples: list[pictures.Example]) -> None:
-    def run(i: int) -> None:
-        answers(model, examples[i % 7 :: 7], max_running_requests=1 + i % 7)
+def leave_memory_where_it_was(run: Callable[[int], object], *, kinds: int, rounds: int) -> None:
+    """Calls of so many kinds, over and over, after two rounds: the first makes ever larger pools, each of which replaces
+    what was recorded over the last one, and the second records what is missing over the largest."""
 
-    for i in range(7):
-        run(i)
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    for i in range(14):
-        run(i)
-    gc.collect()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before[0]
-    assert torch.cuda.mem_get_info()[0] >= before[1] - 8 * 2**20
+    def held() -> tuple[int, int]:
+        """Bytes that are allocated, and that the driver has free."""
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+
+    for i in range(2 * kinds):
+        run(i % kinds)
+    before = held()
+    for i in range(rounds * kinds):
+        run(i % kinds)
+    after = held()
+    assert after[0] == before[0]
+    assert after[1] >= before[1] - 8 * 2**20
+
+
+def test_calls_leave_the_memory_of_the_device_where_it_was(model: mllm.Model, examples: list[pictures.Example]) -> None:
+    leave_memory_where_it_was(lambda i: answers(model, examples[i::7], max_running_requests=1 + i), kinds=7, rounds=2)
+
+
+def test_a_thousand_calls_leave_the_memory_of_the_device_where_it_was(
+    model: mllm.Model, examples: list[pictures.Example]
+) -> None:
+    """Short ones, so that it takes some twenty seconds: pictures, text of 1 to 400 tokens, one to three rows."""
+    shapes = [
+        [*(mllm.prompt(model, pictures.messages(example)) for example in examples[i::20][:2]),
+         mllm.Prompt([3 + j % 90 for j in range(1 + 57 * (i % 8))])]
+        for i in range(10)
+    ]  # fmt: skip
+    done = Counter[str | None]()
+
+    def run(i: int) -> None:
+        outs = mllm.generate(model, shapes[i], max_new_tokens=1 + i % 4, max_running_requests=1 + i % 3)
+        done.update(out.finish_reason for out in outs)
+
+    leave_memory_where_it_was(run, kinds=10, rounds=100)
+    assert done.keys() <= {"length", "stop"}
+    assert done.total() == 3 * 1020
+
+
+def run_out(way: str) -> None:
+    """Run out of memory while a stage is recorded; after what CUDA forbids there, it cannot end the recording."""
+    if way == "allocated":
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    if way == "broken":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("stage", "way"), [
+    ("vision", "raised"), ("prompt", "raised"), ("decode", "raised"), ("decode", "allocated"), ("prompt", "broken"),
+    ("decode", "broken"),
+])  # fmt: skip
+def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_call_is_right(
+    model: mllm.Model, examples: list[pictures.Example], stage: str, way: str
+) -> None:
+    prompts = [mllm.prompt(model, pictures.messages(example)) for example in examples[::EACH]]
+    tables, op = getattr(model, f"{stage}_ops"), "linear_bias_add" if stage == "vision" else "norm_gate"
+    armed: list[bool] = []
+
+    def failing(size: int) -> Ops:
+        table = tables(size)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = getattr(table, op)(*args, **kwargs)
+            if armed and torch.cuda.is_current_stream_capturing():
+                armed.pop()
+                run_out(way)
+            return out
+
+        return attrs.evolve(table, **{op: call})
+
+    def at_rest() -> tuple[int, int]:
+        """Bytes that are allocated, and that the driver has free, without what the model keeps for the next call."""
+        broken.shelf.clear()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+
+    broken = attrs.evolve(model, **{f"{stage}_ops": failing})
+    want = mllm.generate(broken, prompts, max_new_tokens=12)
+    before = at_rest()
+    for _ in range(3):
+        armed.append(True)
+        outs = mllm.generate(broken, prompts, max_new_tokens=12)
+        assert not armed
+        assert any("out of memory in" in (out.error or "") for out in outs)
+        assert all(out == whole or out.error for out, whole in zip(outs, want, strict=True))
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        for _ in range(2):  # recorded on the pool that was kept, and replayed
+            assert mllm.generate(broken, prompts, max_new_tokens=12) == want
+        after = at_rest()
+        assert after[0] == before[0]
+        assert after[1] >= before[1] - 8 * 2**20
 
 
 def test_an_abandoned_stream_leaves_the_next_call_right(model: mllm.Model, examples: list[pictures.Example]) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE, Tiny, examples, four_prompts, picture, words
 
 import mllm
-from mllm import budget, checkpoint, families, memory, requests, stages, weights
+from mllm import budget, cgroup, checkpoint, families, memory, requests, stages, weights
 from mllm.budget import MemoryProfile
 from mllm.cache import KVPool, bytes_per_token
 from mllm.errors import ImageError, MemoryBudgetError, PromptError
@@ -195,10 +195,11 @@ def test_every_field_of_the_profile_is_documented_with_its_unit() -> None:
 
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A GPU that is not there: 80 GB by CUDA, of which 30 are free; 64 GB of system memory, of which 20 are available;
-    PyTorch's allocator holds 5 GB and uses 3 of them."""
+    """A GPU that is not there: 80 GB by CUDA, of which 30 are free; 64 GB of system memory, of which 20 are available,
+    and `group` to this process's control groups; PyTorch's allocator holds 5 GB and uses 3 of them."""
 
-    def make(*, integrated: bool) -> torch.device:
+    def make(*, integrated: bool, group: int | None = None) -> torch.device:
+        monkeypatch.setattr(cgroup, "available", lambda: group)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(is_integrated=integrated))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * GB, 80 * GB))
         counts = {"reserved_bytes": 5 * GB, "allocated_bytes": 3 * GB}
@@ -226,6 +227,30 @@ def test_a_cpu_has_what_the_system_has_whatever_gpu_is_there(faked: Any) -> None
     faked(integrated=False)
     assert budget.available(torch.device("cpu")) == 20 * GB
     assert budget.describe(torch.device("cpu")) == "system"
+
+
+def test_a_container_leaves_less_than_the_system_has_to_a_cpu_and_an_integrated_gpu(faked: Any) -> None:
+    device, cpu = faked(integrated=True, group=7 * GB), torch.device("cpu")
+    assert (budget.available(cpu), budget.available(device)) == (7 * GB, 9 * GB)
+    assert (budget.describe(cpu), budget.describe(device)) == ("cgroup", "cgroup, shared with the GPU")
+    device = faked(integrated=True, group=21 * GB)  # more than there is
+    assert (budget.available(cpu), budget.available(device)) == (20 * GB, 22 * GB)
+    assert (budget.describe(cpu), budget.describe(device)) == ("system", "system, shared with the GPU")
+    device = faked(integrated=False, group=7 * GB)  # whose memory is its own
+    assert (budget.available(device), budget.describe(device)) == (32 * GB, "GPU")
+
+
+def test_a_model_that_exceeds_the_limit_of_a_container_is_refused_and_told_so(faked: Any) -> None:
+    faked(integrated=False, group=10 * GB)
+    with pytest.raises(MemoryBudgetError, match=r"10\.00 GB available before loading \(cgroup\)") as caught:
+        plan("qwen3-vl-8b")
+    assert "Or raise the memory limit of the container" in str(caught.value)
+    faked(integrated=False)
+    with pytest.raises(MemoryBudgetError, match=r"before loading \(system\)") as caught:
+        plan("qwen3-vl-8b", dtype="float32")
+    assert "container" not in str(caught.value)
+    faked(integrated=False, group=10 * GB)
+    assert plan().memory == "cgroup"
 
 
 def test_loading_measures_before_and_after_the_weights(vision_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,18 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from exchange import in_every_table
+from torch import Tensor
 
 import mllm
+from mllm import stages
+from mllm.batch import Chunk, ForwardBatch, Size, decode_batch, pack
+from mllm.kernels.ops import Ops
 from mllm.model import Model
 from mllm.signs import pictures
 from mllm.signs.evaluate import Reference
 from mllm.signs.pictures import Example
+from mllm.table import RequestTable
 
 EACH = 20
 # Of the first 20 held-out examples of a kind, how many must be right. The model card has the accuracies over 500.
@@ -59,18 +65,58 @@ def test_answers_do_not_depend_on_the_company(signs: Model) -> None:
     assert answers(signs, asked) == [answers(signs, [item])[0] for item in asked]
 
 
+def test_an_op_is_exchanged_in_every_table(signs: Model) -> None:
+    """Also in those that only a GPU has."""
+    model = attrs.evolve(signs, prompt_ops=lambda tokens: signs.ops, vision_ops=lambda patches: signs.ops)
+    changed = in_every_table(model, lambda ops: attrs.evolve(ops, add_=len))
+    tables = [changed.step_ops(1), *(table(1) for table in (changed.prompt_ops, changed.vision_ops) if table)]
+    assert [ops.add_ for ops in (changed.ops, *tables)] == [len] * 4
+    assert [ops.put_ for ops in tables] == [signs.step_ops(1).put_, signs.ops.put_, signs.ops.put_]
+    assert changed.shelf is not signs.shelf
+
+
 def test_without_deepstack_shapes_are_not_described(signs: Model) -> None:
-    deaf = attrs.evolve(signs, ops=attrs.evolve(signs.ops, add_=lambda x, at, rows: x))
+    deaf = in_every_table(signs, lambda ops: attrs.evolve(ops, add_=lambda x, at, rows: x))
     assert right(deaf, items("shapes")) <= EACH // 2
 
 
-def test_with_positions_in_one_dimension_shapes_are_not_described(signs: Model) -> None:
-    def flat(batch: Any, **settings: Any) -> Any:
-        lengths = torch.arange(batch.positions.shape[1], dtype=torch.int32)
-        return signs.ops.plan(attrs.evolve(batch, positions=lengths.expand(3, -1).to(signs.device)), **settings)
+def indices(batch: ForwardBatch) -> Tensor:
+    """Where each token stands in its context, by count: int32 [T], 0 for padding. Reads nothing on the host, so that a
+    graph can hold it."""
+    token = torch.arange(len(batch.tokens), dtype=torch.int32, device=batch.tokens.device)
+    ends = batch.q_indptr[1:]
+    row = torch.searchsorted(ends, token, right=True).clamp(max=len(ends) - 1)
+    return (token + (batch.lengths - ends)[row]).clamp(min=0)
 
-    blind = attrs.evolve(signs, ops=attrs.evolve(signs.ops, plan=flat), decode_ops=None)
-    asked = items("shapes")[:10]
+
+def flat(ops: Ops) -> Ops:
+    """The table with positions in one dimension, as if a picture were a line of text."""
+
+    def plan(batch: Any, **settings: Any) -> Any:
+        return ops.plan(attrs.evolve(batch, positions=indices(batch).repeat(3, 1)), **settings)
+
+    return attrs.evolve(ops, plan=plan)
+
+
+def test_flat_positions_are_the_indices_of_the_tokens(device: str) -> None:
+    """Of a chunk that follows cached tokens, of one token, with padding behind them, and of a decode step."""
+    table, rows = stages.admit(RequestTable.empty(rows=3, pages=9, page_size=4), [9, 1, 6])
+    table = stages.commit(table, [rows[0]], [5])
+    chunks = [Chunk(row=row, tokens=torch.zeros(count, dtype=torch.int32),
+                    positions=torch.zeros(3, count, dtype=torch.int32))
+              for row, count in zip(rows, (4, 1, 6), strict=True)]  # fmt: skip
+    want = [5, 6, 7, 8, 0, 0, 1, 2, 3, 4, 5]
+    assert indices(pack(table, chunks, device=device)).tolist() == want
+    padded = indices(pack(table, chunks, device=device, size=Size(tokens=16, rows=8, listed=4)))
+    assert padded[:11].tolist() == want
+    assert bool((padded[11:] >= 0).all())
+    table = stages.commit(table, rows, [4, 1, 6])
+    step = decode_batch(table, rows, [1, 2, 3], [0, -4, 0], size=4, listed=4, device=device)
+    assert indices(step).tolist() == [9, 1, 6, 0]
+
+
+def test_with_positions_in_one_dimension_shapes_are_not_described(signs: Model) -> None:
+    blind, asked = in_every_table(signs, flat), items("shapes")[:10]
     assert sum(right(blind, [item]) for item in asked) <= 5
 
 
