@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import numpy as np
@@ -35,6 +36,16 @@ class ForwardBatch(State):
     lengths: Tensor = tensor("B", torch.int32)
     q_indptr: Tensor = tensor("B+1", torch.int32)
     last: Tensor = tensor("Q", torch.int64)
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """Of each row its tokens in this batch and those of its context, on the host.
+
+        They are `spans`; where that is None, since the batch is padded or its rows grow, the host waits for the device.
+        """
+        if self.spans is not None:
+            return self.spans
+        return tuple(zip(self.q_indptr.diff().tolist(), self.lengths.tolist(), strict=True))
 
 
 @state
@@ -53,6 +64,15 @@ class PatchBatch(State):
     at: Tensor = tensor("M", torch.int64)
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bounds: tuple[int, ...] | None = None
+
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """First patch and last + 1 of each image, on the host.
+
+        They come from `bounds`, which is `indptr`; where that is None, since the batch is padded, the host waits for
+        the device.
+        """
+        return tuple(pairwise(self.indptr.tolist() if self.bounds is None else self.bounds))
 
 
 @state
@@ -126,6 +146,7 @@ def pack(
     count = [len(c.tokens) for c in chunks]
     total = [s + n for s, n in zip(start, count, strict=True)]
     listed = max(map(table.pages_for, total))
+    spans = tuple(zip(count, total, strict=True)) if size is None else None
     size = size or Size(sum(count), len(chunks), listed)
     pages = torch.full((size.rows, size.listed), SINK, dtype=torch.int32)
     pages[: len(chunks), :listed] = table.pages[[c.row for c in chunks], :listed]
@@ -141,6 +162,7 @@ def pack(
         lengths=_padded(torch.tensor(total, dtype=torch.int32), idle),
         q_indptr=torch.from_numpy(np.append(ends, [ends[-1]] * idle).astype(np.int32)),
         last=last if every else _padded(last, idle),
+        spans=spans,
     )
     return upload(batch, device)
 
@@ -157,8 +179,9 @@ def upload_all(tensors: Sequence[Tensor], device: str | torch.device) -> list[Te
         return [t.to(device) for t in tensors]
     at = np.cumsum([0, *(-(-t.nbytes // 16) * 16 for t in tensors)]).tolist()  # kernels like aligned addresses
     staged = torch.empty(at[-1], dtype=torch.uint8, pin_memory=True)
+    host = staged.numpy()  # a small copy costs NumPy a quarter of what it costs PyTorch
     for t, begin in zip(tensors, at[:-1], strict=True):
-        staged[begin : begin + t.nbytes].view(t.dtype).copy_(t.flatten())
+        host[begin : begin + t.nbytes] = t.numpy().reshape(-1).view(np.uint8)
     there = staged.to(device, non_blocking=True)
     return [there[b : b + t.nbytes].view(t.dtype).view(t.shape) for t, b in zip(tensors, at[:-1], strict=True)]
 

@@ -8,7 +8,6 @@ On a CPU the same rules hold, with the function run again in place of a replay, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -215,23 +214,11 @@ class _Graphs:
             finally:
                 try:
                     recording.__exit__(None, None, None)
-                except RuntimeError:
-                    self._abandon(recording.cuda_graph)
+                except RuntimeError:  # what failed did what no recording may, and what it held is lost
+                    self.live.clear()  # to record with another pool
                     if not failed:
                         raise
         return out
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Undo what PyTorch keeps of a recording that CUDA could not end (pytorch#180395 and #190308)."""
-        with contextlib.suppress(RuntimeError):
-            graph.pool()
-            return  # it was ended, but not made executable: all goes with the graph
-        device = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):  # 2.12 and later have done so
-            torch._C._cuda_endAllocateToPool(device, self.memory)
-        if torch.__version__ < "2.13.1":  # the last that is known to keep it; twice would be worse than never
-            torch._C._cuda_releasePool(device, self.memory)
-        self.live.clear()  # to record with another pool: up to 2.11, pinned memory still counts this one as recorded to
 
 
 def cuda_recorder() -> Recorder:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from attrs import define, field
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from mllm.state import State, leaves, map_leaves
 from mllm.transform import Recorder, Run, cuda_recorder
@@ -68,16 +67,11 @@ class Gpu:
     """PyTorch's streams, graphs, and memory pools of graphs, as far as a failure shows in them; its `record` is that of
     `cuda_recorder`. After torch/cuda/graphs.py, CUDAGraph.cpp and CUDACachingAllocator.cpp.
 
-    `version`: of PyTorch. "2.11.0" forgets whatever a recording that cannot be ended has begun; "2.13.0" goes on holding
-    its pool; "2.14.0" stands for one that does neither. `stuck`: CUDA cannot end the next recording whose run fails,
-    `broken`: nor the next of all. `full`: the next has no memory to be made executable. `stream` is the current one,
-    `waits` says which waited for which. `underway`: pools that are recorded to, `users`: graphs that hold a pool,
-    `pools`: that recordings were made in, `graphs`: those that are there, whole or not.
+    `full`: the next recording has no memory to be made executable. `stream` is the current one, `waits` says which
+    waited for which. `underway`: pools that are recorded to, `users`: graphs that hold a pool, `pools`: that recordings
+    were made in, `graphs`: those that are there, whole or not.
     """
 
-    version: str = "2.13.0"
-    stuck: bool = False
-    broken: bool = False
     full: bool = False
     stream: Stream = field(init=False)
     waits: list[tuple[str, str]] = field(factory=list, init=False)
@@ -106,9 +100,6 @@ class Gpu:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self._names().items():
                 patch.setattr(torch.cuda, name, value)
-            patch.setattr(torch, "__version__", TorchVersion(self.version))
-            patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.end(pool), raising=False)
-            patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.release(pool), raising=False)
             try:
                 return self.recorder(watched)
             finally:
@@ -117,8 +108,7 @@ class Gpu:
     def _names(self) -> dict[str, Callable[..., Any]]:
         return {
             "CUDAGraph": lambda: Graph(self), "graph": lambda graph, pool: Recording(self, graph, pool),
-            "graph_pool_handle": lambda: next(self.handles), "current_device": lambda: 0,
-            "current_stream": lambda: self.stream, "stream": self.on,
+            "graph_pool_handle": lambda: next(self.handles), "current_stream": lambda: self.stream, "stream": self.on,
         }  # fmt: skip
 
     @contextlib.contextmanager
@@ -168,7 +158,6 @@ class Graph:
     ran: bool = False
     whole: bool = False
     ended: bool = False
-    began: bool = False
     saved: list[tuple[Tensor, Tensor]] = field(factory=list)
     run: Run = field(default=lambda: None)
     out: Any = None
@@ -178,7 +167,7 @@ class Graph:
 
     def capture_begin(self, pool: int) -> None:
         self.gpu.begin(pool)
-        self.held, self.began, self.gpu.recording = pool, True, self
+        self.held, self.gpu.recording = pool, self
         self.saved = [(t, t.clone()) for t in self.gpu.buffers.values()]
 
     def capture_end(self) -> None:
@@ -186,11 +175,6 @@ class Graph:
         for t, before in self.saved:
             t.copy_(before)
         self.saved.clear()
-        if gpu.broken or (gpu.stuck and not self.ran):
-            gpu.broken = gpu.stuck = False
-            if gpu.version >= "2.12":
-                gpu.end(pool)
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         gpu.end(pool)
         self.ended = True
         if gpu.full:
@@ -198,18 +182,13 @@ class Graph:
             raise RuntimeError("CUDA error: out of memory")
         self.whole = self.ran
 
-    def pool(self) -> int:
-        if not self.ended:
-            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
-        return self.held or 0
-
     def replay(self) -> None:
         _rerun(self.run, self.out, buffers_of(self.run))
 
     def reset(self) -> None:
-        if self.held is not None and (self.ended or (self.began and self.gpu.version > "2.13.1")):
+        if self.held is not None and self.ended:
             self.gpu.release(self.held)
-        self.ended = self.began = False
+        self.ended = False
 
     def __del__(self) -> None:
         self.reset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -153,18 +152,14 @@ def test_a_thousand_calls_leave_the_memory_of_the_device_where_it_was(
 
 
 def run_out(way: str) -> None:
-    """Run out of memory while a stage is recorded; after what CUDA forbids there, it cannot end the recording."""
+    """Run out of memory while a stage is recorded."""
     if way == "allocated":
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
-    if way == "broken":
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize(("stage", "way"), [
-    ("vision", "raised"), ("prompt", "raised"), ("decode", "raised"), ("decode", "allocated"), ("prompt", "broken"),
-    ("decode", "broken"),
+    ("vision", "raised"), ("prompt", "raised"), ("decode", "raised"), ("decode", "allocated"),
 ])  # fmt: skip
 def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_call_is_right(
     model: mllm.Model, examples: list[pictures.Example], stage: str, way: str

@@ -37,7 +37,7 @@ def split_for(rows: int, kv_heads: int, tokens: int) -> Split:
     if rows > 1:
         return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 4)
     if tokens > 1024:
-        return Split(_cut(264 // kv_heads), 64, 2, 1)
+        return Split(_cut(264 // kv_heads), 64, 4, 1)
     return Split(_cut((66 if tokens <= 512 else 132) // kv_heads), 32, 2, 1)
 
 

@@ -26,7 +26,10 @@ from mllm.kernels.reference import REFERENCE
 from mllm.state import State, state, tensor
 
 SKINNY_ROWS = 128
-"""Rows up to which the products of `skinny` beat cuBLAS on an H200; the record is in `docs/performance.md`."""
+"""Rows of a decode step up to which the products of `skinny` beat cuBLAS on an H200, since they keep its chain whole;
+the record is in `docs/performance.md`."""
+SKINNY_TOKENS = 64
+"""The same for the tokens of a prompt, where there is no chain."""
 FLASH_TOKENS = 2048
 """Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same."""
 Product = Callable[..., Tensor]  # y [T K], weight [N K] -> [T N], gated [T N/2], or in parts [... T N]
@@ -50,8 +53,9 @@ def decode_ops(rows: int, *, pdl: bool) -> Ops:
             norm_gate=partial(linear.norm_gate, pdl=pdl),
             head=partial(linear.head, pdl=pdl),
         )
-    chain = pdl and rows <= SKINNY_ROWS  # beyond, cuBLAS would break it
-    return attrs.evolve(ops, **_products(rows, pdl=chain), head=partial(_head, every=True, pdl=chain))
+    few = rows <= SKINNY_ROWS
+    chain = pdl and few  # cuBLAS would break it
+    return attrs.evolve(ops, **_products(few, pdl=chain), head=partial(_head, every=True, pdl=chain))
 
 
 def prompt_ops(tokens: int, *, wide: bool, fa3: bool = False) -> Ops:
@@ -66,17 +70,17 @@ def prompt_ops(tokens: int, *, wide: bool, fa3: bool = False) -> Ops:
         put_=elementwise.put_,
         add_=elementwise.add_,
         sample=partial(_sample, pdl=False),
-        **_products(tokens, pdl=False),
+        **_products(tokens <= SKINNY_TOKENS, pdl=False),
         head=partial(_head, every=False, pdl=False),
     )
 
 
-def _products(rows: int, *, pdl: bool) -> dict[str, Callable[..., Any]]:
+def _products(few: bool, *, pdl: bool) -> dict[str, Callable[..., Any]]:
     """The ops around the products of a layer; those that end in the residual stream stay pending for the next norm."""
     product: Product = F.linear
     gated: Product = _gated
     parts: Product = split_linear
-    if rows <= SKINNY_ROWS:
+    if few:
         product = partial(skinny.linear, pdl=pdl)
         gated, parts = partial(product, gate=True), partial(product, parts=True)
     return {

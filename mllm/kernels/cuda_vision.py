@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from itertools import pairwise
 
 import attrs
 import torch
@@ -71,8 +70,9 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool) -> VisionPlan:
     frequencies = rope.frequencies(config.head_dim // 4, config.rope_theta, batch.coords.device)
     cos, sin = rope.axial(batch.coords, frequencies)
-    spans = () if captured else tuple(pairwise(batch.indptr.tolist()))
-    return VisionPlan(cos=cos, sin=sin, indptr=batch.indptr, spans=spans, heads=config.num_heads)
+    return VisionPlan(
+        cos=cos, sin=sin, indptr=batch.indptr, spans=() if captured else batch.spans(), heads=config.num_heads
+    )
 
 
 def layer_norm_linear(

@@ -185,7 +185,11 @@ def tile_for(tokens: int, size: int, *, wide: bool) -> Tile:
     """What was fastest on an H200 (`wide`: capability 9.0), and fits an Orin otherwise; see `docs/performance.md`."""
     if not wide:
         return Tile(64, 32, 4, 2)
-    return Tile(128, 64, 8, 3) if size <= 64 and tokens > 2304 else Tile(64, 64, 4, 3)
+    if size > 80:  # of decoders; the others are of vision encoders
+        return Tile(64, 64, 4, 3)
+    if tokens <= 2304:
+        return Tile(64, 64, 4, 4)
+    return Tile(128, 64, 8, 3) if size <= 64 else Tile(128, 64, 4, 4)
 
 
 def prompts(

@@ -71,12 +71,17 @@ class Loop(NamedTuple):
 
 
 def loop_for(outputs: int, inputs: int, *, gate: bool) -> Loop:
-    """What was fastest on an H200 at the shapes of the 2B, 4B and 8B models; the record is in `docs/performance.md`."""
+    """What was fastest in a whole step on an H200, at the shapes of the 2B, 4B and 8B models; the record is in
+    `docs/performance.md`. A few rows of weights are some 16 KB, and all programs are on the chip at once."""
     if inputs > 4096:
-        return Loop(4 if inputs <= 8192 else 1, 8, 264)
-    if outputs > 2**16 and inputs <= 2048:  # a head
+        return Loop(2, 4, 396) if inputs <= 8192 else Loop(1, 8, 264)
+    if inputs > 2560:
+        return Loop(1 if gate else 2, 4, 528)
+    if inputs > 2048:
+        return Loop(4, 4, 528 if gate else 396)
+    if outputs > 2**16:  # a head
         return Loop(8, 8, 264)
-    return Loop(2 if inputs == 4096 else 4, 4, 396 if (inputs, gate) in ((2048, True), (2560, False)) else 528)
+    return Loop((2 if gate else 4) * 2048 // triton.next_power_of_2(inputs), 4, 528)
 
 
 def _launch(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mllm.batch import ForwardBatch
+from mllm.batch import ForwardBatch, upload_all
 from mllm.config import TextConfig
 from mllm.errors import MissingPackageError
 from mllm.kernels.flash import LOG2E
@@ -35,16 +35,17 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
             "prefill in smaller chunks"
         ) from None
     device = batch.tokens.device
-    lengths = batch.lengths.cpu()
-    counts = (lengths + page_size - 1) // page_size
-    listed = torch.arange(batch.pages.shape[1], device=device) < counts.to(device).unsqueeze(1)
+    counts, lengths = (torch.tensor(column) for column in zip(*batch.rows(), strict=True))
+    held = (lengths + page_size - 1) // page_size
+    listed = torch.cat([row * batch.pages.shape[1] + torch.arange(n) for row, n in enumerate(held.tolist())])
+    (listed,) = upload_all([listed], device)
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa3")
     wrapper.plan(
-        batch.q_indptr.cpu(),
         torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
-        batch.pages[listed],
-        (lengths - 1) % page_size + 1,
+        torch.nn.functional.pad(held.cumsum(0), (1, 0)).int(),
+        batch.pages.flatten()[listed],
+        ((lengths - 1) % page_size + 1).int(),
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,

@@ -6,7 +6,7 @@ vision loop over the requests of a batch and read their bounds.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
         context = torch.where(inside, slots, slots[:, :1])
         mask = torch.where(inside, 0.0, -torch.inf).to(dtype)[:, None, None]
     else:
-        bounds = batch.q_indptr.tolist()
-        spans = tuple(pairwise(bounds))
-        contexts = tuple(row[:length] for row, length in zip(slots, batch.lengths.tolist(), strict=True))
+        rows = batch.rows()
+        spans = tuple(pairwise(accumulate((count for count, _ in rows), initial=0)))
+        contexts = tuple(row[:length] for row, (_, length) in zip(slots, rows, strict=True))
     return AttentionPlan(
         cos=cos, sin=sin, slots=batch.slots, context=context, mask=mask, spans=spans, contexts=contexts
     )

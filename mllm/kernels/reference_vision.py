@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,11 +63,10 @@ def position_embedding(coords: Tensor, table: Tensor) -> Tensor:
 def vision_plan(batch: PatchBatch, *, config: VisionConfig) -> VisionPlan:
     """2-D rotary tables: the first half of the frequencies turns with the row, the second with the column."""
     cos, sin = axial(batch.coords[:2], head_dim=config.head_dim, theta=config.rope_theta)
-    bounds = batch.indptr.tolist()
     return VisionPlan(
         cos=cos,
         sin=sin,
-        spans=tuple(pairwise(bounds)),
+        spans=batch.spans(),
         heads=config.num_heads,
     )
 

@@ -70,16 +70,17 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     tl.store(y + (part * B + b)[:, None] * N + o[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
-def tile_for(rows: int, outputs: int, *, gate: bool) -> Tile:
-    """What was fastest on an H200 at the shapes of the 2B, 4B and 8B models; the record is in `docs/performance.md`.
+def tile_for(rows: int, outputs: int, *, gate: bool, wide: bool) -> Tile:
+    """What was fastest in a whole step on an H200, at the shapes of the 2B and 8B models; the record is in
+    `docs/performance.md`.
 
     Fewer rows want more tiles in flight. Some hundred programs fill the chip, so a product with fewer outputs than that
-    is split over its inputs. All fit the 163 KB of shared memory of an Orin's block.
+    is split over its inputs. Without `wide`, all fit the 163 KB of shared memory of an Orin's block.
     """
-    if gate:
-        return Tile(32, 128, 1, 4, 6) if rows <= 16 else Tile(64, 128, 1, 4, 4) if rows <= 32 else Tile(64, 64, 1, 4, 6)
+    if gate or outputs > 2**16:
+        return Tile(64, 128, 1, 4, 4) if rows <= 32 else Tile(128, 64, 1, 4, 5)
     parts = max(1, min(8, 128 // triton.cdiv(outputs, 64)))
-    return Tile(64, 128, parts, 4, 6 if rows <= 32 else 5 if rows <= 64 else 3)
+    return Tile(64, 128, parts, 4, 6 if rows <= 32 else 5 if rows <= 64 else 4 if wide else 3)
 
 
 def linear(
@@ -90,7 +91,7 @@ def linear(
         raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
     rows, inputs = x.shape
     outputs = len(w) // 2 if gate else len(w)
-    tile = tile_for(rows, outputs, gate=gate)
+    tile = tile_for(rows, outputs, gate=gate, wide=pdl)
     stages = tile.stages * 2 // w.element_size()  # the tiles are measured for 16 bits; float32 takes twice the room
     count = tile.parts if parts else 1
     each = triton.cdiv(triton.cdiv(inputs, count), tile.inputs) * tile.inputs
