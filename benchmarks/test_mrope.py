@@ -20,9 +20,9 @@ def test_mrope(case: Case, batch: int, input_len: int, by: str) -> None:
     if by == "kernel" and not case.session.settings.on_gpu:
         pytest.skip("a Triton kernel: run with --device cuda")
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    tokens, generator = batch * input_len, torch.Generator().manual_seed(batch)
-    noise = torch.randn(tokens, heads + 2 * kv_heads, size, generator=generator)
-    start = noise.to(model.device, model.dtype)
+    tokens, generator = batch * input_len, torch.Generator(model.device).manual_seed(batch)
+    shape = (tokens, heads + 2 * kv_heads, size)
+    start = torch.randn(shape, generator=generator, device=model.device).to(model.dtype)
     positions = torch.arange(tokens, dtype=torch.int32, device=model.device).expand(3, -1)
     tables = rotary.mrope(positions, head_dim=size, theta=config.rope_theta, sections=config.mrope_section)
     cos, sin = (table.squeeze(1).contiguous() for table in tables)
