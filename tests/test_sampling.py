@@ -275,8 +275,9 @@ def test_settings_of_another_number_of_rows_are_a_shape_error() -> None:
     one, two = (sampling_batch([Sampling()] * n, size=n, device="cpu") for n in (1, 2))
     with pytest.raises(ShapeError):
         type(one)(
-            temperature=one.temperature, top_k=two.top_k, top_p=one.top_p, min_p=one.min_p, seed=one.seed, greedy=True
-        )
+            temperature=one.temperature, top_k=two.top_k, top_p=one.top_p, min_p=one.min_p, seed=one.seed,
+            greedy=True, has_top_k=False, has_top_p=False,
+        )  # fmt: skip
 
 
 def test_the_same_seed_answers_alike_and_another_one_differently(vision_model: Tiny) -> None:
