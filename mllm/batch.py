@@ -99,7 +99,8 @@ class VisionTokens(State):
 class SamplingBatch(State):
     """Per row how the next token is drawn; see `mllm.sampling.Sampling` for the meaning of each.
 
-    `greedy` says, on the host, that every row takes the likeliest token: no noise, no sort, and another graph.
+    What the rest says, on the host, decides what a step runs at all, and so has another graph for each: `greedy`, that
+    every row takes the likeliest token; `has_top_k` and `has_top_p`, that some other row is limited so.
     """
 
     temperature: Tensor = tensor("B", torch.float32)
@@ -108,6 +109,8 @@ class SamplingBatch(State):
     min_p: Tensor = tensor("B", torch.float32)
     seed: Tensor = tensor("B", torch.int64)
     greedy: bool
+    has_top_k: bool
+    has_top_p: bool
 
 
 @state

@@ -52,6 +52,7 @@ class Sampling:
 def sampling_batch(rows: Sequence[Sampling], *, size: int, device: str | torch.device) -> SamplingBatch:
     """The settings of `rows` on the device, padded to `size` rows with greedy ones."""
     padded = [*rows, *[Sampling()] * (size - len(rows))]
+    drawing = [row for row in rows if row.temperature > 0]
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([getattr(row, name) for row in padded], dtype=dtype)
@@ -62,6 +63,8 @@ def sampling_batch(rows: Sequence[Sampling], *, size: int, device: str | torch.d
         top_p=column("top_p", torch.float32),
         min_p=column("min_p", torch.float32),
         seed=column("seed", torch.int64),
-        greedy=all(row.temperature == 0 for row in rows),
+        greedy=not drawing,
+        has_top_k=any(row.top_k > 0 for row in drawing),
+        has_top_p=any(row.top_p < 1 for row in drawing),
     )
     return upload(host, device)

@@ -67,7 +67,6 @@ def forward(model: str, ops: Ops, tokens: int, rows: int) -> ForwardBatch:
         lengths=empty(rows, dtype=torch.int32), q_indptr=empty(rows + 1, dtype=torch.int32),
         last=empty(rows, dtype=torch.int64),
     )  # fmt: skip
-    sampling = sampling_batch([Sampling()] * rows, size=rows, device="meta")
     plan = ops.plan(batch, config=config, page_size=64, dtype=torch.bfloat16)
     x = ops.embed(batch.tokens, empty(size["V"], size["E"]))
     x, qkv = ops.norm_linear(x, empty(size["E"]), empty(size["C"], size["E"]), eps=1e-6)
@@ -77,7 +76,8 @@ def forward(model: str, ops: Ops, tokens: int, rows: int) -> ForwardBatch:
     x, gate = ops.norm_gate(x, empty(size["E"]), empty(size["G"], size["E"]), eps=1e-6)
     x = ops.linear_add(gate, empty(size["E"], size["F"]), x)
     logits = ops.head(x, batch.last, empty(size["E"]), empty(size["V"], size["E"]), eps=1e-6)
-    ops.sample(logits, sampling, batch.lengths)
+    for settings in (Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9)):
+        ops.sample(logits, sampling_batch([settings] * rows, size=rows, device="meta"), batch.lengths)
     return batch
 
 

@@ -128,8 +128,15 @@ def test_the_noise_is_philox_of_seed_and_position_and_index() -> None:
     for index in range(5):
         word = philox((torch.tensor(0xA4093822), torch.tensor(0x299F31D0)),
                       tuple(map(torch.tensor, (index, position, 0, 0))))[0]  # type: ignore[arg-type]  # fmt: skip
-        uniform = ((int(word) >> 8) + 0.5) / 2**24
+        uniform = ((int(word) >> 9) + 0.5) / 2**23
         assert float(noise[0, index]) == pytest.approx(-math.log(-math.log(uniform)), rel=1e-4)
+
+
+@pytest.mark.parametrize(("seed", "index"), [(68, 81571), (190, 104535), (213, 92235), (348, 124025)])
+def test_the_largest_and_smallest_words_of_philox_are_finite_noise(seed: int, index: int) -> None:
+    """Word 2**32 - 1 as 24 bits and a half was 1 in float32, and some token in a hundred had infinite noise."""
+    noise = float(gumbel(torch.tensor([seed]), torch.tensor([5]), index + 1)[0, index])
+    assert -2.82 < noise < 16.64
 
 
 def test_the_noise_is_never_infinite_and_is_gumbel() -> None:
@@ -268,8 +275,9 @@ def test_settings_of_another_number_of_rows_are_a_shape_error() -> None:
     one, two = (sampling_batch([Sampling()] * n, size=n, device="cpu") for n in (1, 2))
     with pytest.raises(ShapeError):
         type(one)(
-            temperature=one.temperature, top_k=two.top_k, top_p=one.top_p, min_p=one.min_p, seed=one.seed, greedy=True
-        )
+            temperature=one.temperature, top_k=two.top_k, top_p=one.top_p, min_p=one.min_p, seed=one.seed,
+            greedy=True, has_top_k=False, has_top_p=False,
+        )  # fmt: skip
 
 
 def test_the_same_seed_answers_alike_and_another_one_differently(vision_model: Tiny) -> None:

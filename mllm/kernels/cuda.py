@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
-from mllm.kernels import attend, elementwise, flash, linear, long_prompts, reference, rope, skinny, step
+from mllm.kernels import attend, draw, elementwise, flash, linear, long_prompts, rope, skinny, step
 from mllm.kernels.attend import DecodePlan
 from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
 from mllm.kernels.ops import Ops
@@ -181,4 +181,4 @@ def _rotary(batch: ForwardBatch, config: TextConfig, *, pdl: bool) -> tuple[Tens
 def _sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor, *, pdl: bool) -> Tensor:
     if sampling.greedy:
         return step.argmax(logits, pdl=pdl)
-    return reference.sample(logits, sampling, lengths)
+    return draw.sample(logits, sampling, lengths, pdl=pdl)

@@ -42,5 +42,6 @@ def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     seed, position = seed.unsqueeze(1), position.long().unsqueeze(1)
     word = philox((seed & _MASK, (seed >> 32) & _MASK), (index, position, zero, zero))[0]
-    uniform = ((word >> 8).float() + 0.5) * 2.0**-24  # 24 bits fit a float32; never 0 and never 1
+    # 23 bits and a half fit a float32; of 24 the largest rounds to 1, and its noise is infinite
+    uniform = ((word >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

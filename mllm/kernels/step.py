@@ -74,8 +74,12 @@ def rotary(
 
 
 @triton.jit
-def argmax_kernel(logits, best, where, finite, V, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The largest logit of each part of each row, its index, and whether the part's sum is finite."""
+def argmax_kernel(logits, best, where, finite, clear, V, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                  CLEAR: tl.constexpr, CP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The largest logit of each part of each row, its index, and whether the part's sum is finite.
+
+    Sets `clear` [B CLEAR] to 0: sums that later kernels add to, which a memset would keep from following at once.
+    """
     launch_dependents(PDL)
     wait(PDL)
     b = tl.program_id(0)
@@ -87,6 +91,9 @@ def argmax_kernel(logits, best, where, finite, V, PARTS: tl.constexpr, BLOCK: tl
     tl.store(best + b * PARTS + part, value)
     tl.store(where + b * PARTS + part, part * BLOCK + index)
     tl.store(finite + b * PARTS + part, (total - total == 0.0).to(tl.int32))  # inf - inf and NaN - NaN are NaN
+    if CLEAR > 0:
+        c = tl.arange(0, CP)
+        tl.store(clear + b * CLEAR + c, 0, mask=c < tl.where(part == 0, CLEAR, 0))
 
 
 @triton.jit
@@ -104,21 +111,36 @@ def pick_kernel(best, where, finite, tokens, PARTS: tl.constexpr, PP: tl.constex
     tl.store(tokens + b, tl.where(good == 1, token, NOT_FINITE))
 
 
-def argmax(logits: Tensor, *, pdl: bool) -> Tensor:
-    """Greedy tokens i32 [B] of logits f32 [B V]; `NOT_FINITE` for a row with a NaN or an infinity."""
+def likeliest(logits: Tensor, block: int, *, clear: Tensor | None = None, pdl: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each part of `block` logits, f32 [B V]: the largest, its index i32, and whether all are finite, i32, each
+    [B parts]. Sets `clear` [B ...] to 0."""
     rows, vocabulary = logits.shape
-    block = 2048
     parts = triton.cdiv(vocabulary, block)
     best = logits.new_empty(rows, parts)
     where = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     finite = torch.empty_like(where)
-    tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    argmax_kernel[(rows, parts)](logits, best, where, finite, vocabulary, PARTS=parts, BLOCK=block, **options(pdl))
+    count = 0 if clear is None else clear[0].numel()
+    argmax_kernel[(rows, parts)](
+        logits, best, where, finite, where if clear is None else clear, vocabulary, PARTS=parts, BLOCK=block,
+        CLEAR=count, CP=triton.next_power_of_2(max(count, 1)), **options(pdl),
+    )  # fmt: skip
+    return best, where, finite
+
+
+def pick(best: Tensor, where: Tensor, finite: Tensor, *, pdl: bool) -> Tensor:
+    """Tokens i32 [B]: of each row of [B parts] the index of the best part, the first of equals, or `NOT_FINITE`."""
+    rows, parts = best.shape
+    tokens = torch.empty(rows, dtype=torch.int32, device=best.device)
     pick_kernel[(rows,)](
         best, where, finite, tokens, PARTS=parts, PP=triton.next_power_of_2(parts), NOT_FINITE=NOT_FINITE,
         **options(pdl),
     )  # fmt: skip
     return tokens
+
+
+def argmax(logits: Tensor, *, pdl: bool) -> Tensor:
+    """Greedy tokens i32 [B] of logits f32 [B V]; `NOT_FINITE` for a row with a NaN or an infinity."""
+    return pick(*likeliest(logits, 2048, pdl=pdl), pdl=pdl)
 
 
 @triton.jit
