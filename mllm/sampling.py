@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,11 +52,22 @@ class Sampling:
 
 def sampling_batch(rows: Sequence[Sampling], *, size: int, device: str | torch.device) -> SamplingBatch:
     """The settings of `rows` on the device, padded to `size` rows with greedy ones."""
-    padded = [*rows, *[Sampling()] * (size - len(rows))]
+    if all(row.temperature == 0 for row in rows):
+        return _greedy(size, str(device))
+    return _upload([*rows, *[Sampling()] * (size - len(rows))], device)
+
+
+@lru_cache(maxsize=64)
+def _greedy(size: int, device: str) -> SamplingBatch:
+    """That of greedy rows, whatever else they say: made and sent up once."""
+    return _upload([Sampling()] * size, device)
+
+
+def _upload(rows: Sequence[Sampling], device: str | torch.device) -> SamplingBatch:
     drawing = [row for row in rows if row.temperature > 0]
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) for row in padded], dtype=dtype)
+        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
 
     host = SamplingBatch(
         temperature=column("temperature", torch.float32),
