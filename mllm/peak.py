@@ -13,7 +13,8 @@ from mllm.buckets import CAPTURED_PATCHES
 from mllm.config import Config, TextConfig
 
 SAMPLING = 113
-"""Bytes for each row and vocabulary entry of a step that draws: logits, and Philox rounds in int64 or sort and softmax."""
+"""Bytes for each row and vocabulary entry of a step that draws on a CPU: logits, and Philox rounds in int64 or sort and
+softmax. The kernels of a GPU draw with little more than the logits."""
 SPLITS = 32
 """Parts that a GPU's attention cuts a context into, at most."""
 WORKSPACE = {"cpu": 0, "cuda": 96 * 2**20}
@@ -109,7 +110,8 @@ def prefill(config: Config, load: Load, *, itemsize: int, gathers: bool) -> int:
         masked = tokens * (1 + b) if load.context > tokens else 0
         attention += load.context * (2 * s["K"] * s["D"] * b + masked)
     head = tokens * b * s["E"] + rows * text.vocab_size * (b + 4)
-    return max(entered + max(tokens * _layer(text, b), attention, head), _drawing(text, rows, greedy=load.greedy))
+    sampled = _sampling(text, rows, sorts=gathers and not load.greedy)
+    return max(entered + max(tokens * _layer(text, b), attention, head), sampled)
 
 
 def decode(text: TextConfig, *, rows: int, listed: int, itemsize: int, gathers: bool, greedy: bool) -> int:
@@ -121,12 +123,13 @@ def decode(text: TextConfig, *, rows: int, listed: int, itemsize: int, gathers: 
         attention = SPLITS * s["A"] * 4 + listed // 16 * 4  # partial sums in f32, the list of pages
     entered = rows * (12 * s["D"] + 64 + attention)
     head = rows * text.vocab_size * (b + 4)
-    return max(entered + max(rows * _layer(text, b), head), _drawing(text, rows, greedy=greedy))
+    sampled = _sampling(text, rows, sorts=gathers and not greedy)
+    return max(entered + max(rows * _layer(text, b), head), sampled)
 
 
-def _drawing(text: TextConfig, rows: int, *, greedy: bool) -> int:
-    """Bytes of logits f32 [B V] and of what drawing tokens from them takes."""
-    return text.vocab_size * (5 * rows if greedy else SAMPLING * rows + 8)
+def _sampling(text: TextConfig, rows: int, *, sorts: bool) -> int:
+    """Bytes of logits f32 [B V] and of what choosing tokens by them takes."""
+    return text.vocab_size * (SAMPLING * rows + 8 if sorts else 5 * rows)
 
 
 def score(config: Config, *, tokens: int, chunk: int, itemsize: int) -> int:

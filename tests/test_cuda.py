@@ -123,7 +123,7 @@ def leave_memory_where_it_was(run: Callable[[int], object], *, kinds: int, round
     for i in range(rounds * kinds):
         run(i % kinds)
     after = held()
-    assert after[0] == before[0]
+    assert after[0] <= before[0]
     assert after[1] >= before[1] - 8 * 2**20
 
 
@@ -201,7 +201,7 @@ def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_cal
         for _ in range(2):  # recorded on the pool that was kept, and replayed
             assert mllm.generate(broken, prompts, max_new_tokens=12) == want
         after = at_rest()
-        assert after[0] == before[0]
+        assert after[0] <= before[0]
         assert after[1] >= before[1] - 8 * 2**20
 
 

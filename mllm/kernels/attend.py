@@ -28,16 +28,19 @@ class Split(NamedTuple):
     stages: int
 
 
-def split_for(rows: int, kv_heads: int, tokens: int) -> Split:
+def split_for(rows: int, heads: int, kv_heads: int, tokens: int) -> Split:
     """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
 
-    One row is bound by latency: its splits' first tile is loaded before the wait. More rows are bound by bandwidth:
-    about a thousand programs of one warp, which have nobody to wait for, with four tiles in flight each.
+    One row is bound by latency: its splits' first tile is loaded before the wait, and merging takes as long as there
+    are heads in a group. More rows are bound by bandwidth: about a thousand programs of one warp, which have nobody to
+    wait for, with four tiles in flight each.
     """
     if rows > 1:
         return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 4)
     if tokens > 1024:
         return Split(_cut(264 // kv_heads), 64, 4, 1)
+    if tokens <= 512 and heads >= 4 * kv_heads:
+        return Split(2, 128, 8, 1)
     return Split(_cut((66 if tokens <= 512 else 132) // kv_heads), 32, 2, 1)
 
 

@@ -115,8 +115,9 @@ def _decode_plan(
     batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, pdl: bool
 ) -> DecodePlan:
     rows, device = len(batch.lengths), batch.tokens.device
-    kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    split = attend.split_for(rows, kv_heads, batch.pages.shape[1] * page_size)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    split = attend.split_for(rows, heads, kv_heads, batch.pages.shape[1] * page_size)
+    shape = rows, kv_heads, split.splits, heads // kv_heads
     arrived = torch.zeros(rows, kv_heads, dtype=torch.int32, device=device)  # ahead of the chain: a memset breaks it
     cos, sin = _rotary(batch, config, pdl=pdl)
     return DecodePlan(
@@ -125,8 +126,8 @@ def _decode_plan(
         slots=batch.slots,
         pages=batch.pages,
         lengths=batch.lengths,
-        partial=torch.empty(rows, kv_heads, split.splits, group, config.head_dim, dtype=torch.float32, device=device),
-        stats=torch.empty(rows, kv_heads, split.splits, group, 2, dtype=torch.float32, device=device),
+        partial=torch.empty(*shape, config.head_dim, dtype=torch.float32, device=device),
+        stats=torch.empty(*shape, 2, dtype=torch.float32, device=device),
         arrived=arrived,
         split=split,
     )
