@@ -119,7 +119,7 @@ class Settings:
 
 def add_options(parser: Any) -> None:
     """Declare `OPTIONS`. One that another conftest declared first (tests/ has a --device too) is left to it."""
-    group = parser.getgroup("mllm", "mllm benchmarks")
+    group = parser.getgroup("mllm", "mllm")
     for name, option in OPTIONS.items():
         kind: dict[str, Any] = {"action": "store_true"} if option.flag else {"choices": option.choices}
         with contextlib.suppress(ValueError):

@@ -47,7 +47,7 @@ def plot(data: dict[str, Any], into: Path) -> list[Path]:
     Raises `MissingPackageError` without matplotlib, `ValueError` where there is nothing to draw.
     """
     pyplot = _pyplot()
-    cases = [{**case["extra_info"], "group": case["group"]} for case in data["benchmarks"]]
+    cases = read_cases(data)
     title, shown, made = _title(cases, data), "", []
     into.mkdir(parents=True, exist_ok=True)
     for name, draw in (("latency", _latency), ("throughput", _throughput), ("roofline", _roofline)):
@@ -64,6 +64,11 @@ def plot(data: dict[str, Any], into: Path) -> list[Path]:
     made.append(into / "results.md")
     made[-1].write_text(f"{tables(cases, data)}\n{shown}", encoding="utf-8")
     return made
+
+
+def read_cases(data: dict[str, Any]) -> list[Case]:
+    """What the cases of a result file say, and the stage of each."""
+    return [{**case["extra_info"], "group": case["group"]} for case in data["benchmarks"]]
 
 
 def _pyplot() -> Any:

@@ -10,6 +10,7 @@ conftest and of the modules registered below into explicit raises before Python 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,11 +38,15 @@ settings.register_profile("thorough", max_examples=1000, print_blob=True, **COMM
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=("cpu", "cuda", "all"), default="cpu", help="where to run (default: cpu)")
-    parser.addoption("--thorough", action="store_true", help="ten times the drawn examples, at random")
+    group = parser.getgroup("mllm", "mllm")  # also of benchmarks/, which has a --device too: the first one counts
+    with contextlib.suppress(ValueError):
+        group.addoption("--device", default="cpu", help="where to run: cpu (default), cuda, or, for tests, all of them")
+    group.addoption("--thorough", action="store_true", help="ten times the drawn examples, at random")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device").partition(":")[0] not in ("cpu", "cuda", "all"):
+        raise pytest.UsageError(f"--device: expected cpu, cuda or all, got {config.getoption('--device')!r}")
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU; runs with --device cuda or all")
     settings.load_profile("thorough" if config.getoption("--thorough") else "same")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import mllm
-from mllm import families, plot
+from mllm import compare, families, plot
 from mllm.model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,3 +253,25 @@ def test_a_run_is_drawn_described_and_tabulated(run: Path, tmp_path: Path, capsy
     one = next(case for case in data["benchmarks"] if case["name"] == "test_prefill[bs=1-in=96-eager]")
     assert f" {one['extra_info']['wall_ms']:.2f} (" in shown
     assert "| 2 rows, eager |" in shown
+
+
+def test_the_tables_on_the_front_page_are_those_of_the_committed_results() -> None:
+    (file,) = (ROOT / "benchmarks" / "results").glob("*.json")
+    data = compare.read(file)
+    made = plot.tables(plot.read_cases(data), data)
+    page = (ROOT / "README.md").read_text("utf-8")
+    assert f"benchmarks/results/{file.name}" in page
+    shown = [line for line in page.splitlines() if re.search(r"\d \(\d+%\)", line)]
+    assert len(shown) > 10
+    assert [line for line in shown if line not in made] == []
+
+
+@pytest.mark.parametrize("folders", [("tests/test_table.py", "benchmarks"), ("benchmarks", "tests/test_table.py")])
+def test_tests_and_benchmarks_run_together(folders: tuple[str, ...]) -> None:
+    """Both have an option --device. An empty value makes pytest load both, too."""
+    for more in ((), ("--peer", "")):
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--device", "cpu", *folders, *more]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603
+        assert found.returncode == 0, found.stdout[-500:] + found.stderr[-500:]
+        assert "test_table.py" in found.stdout
+        assert "benchmarks/test_decode.py" in found.stdout

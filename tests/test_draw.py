@@ -169,7 +169,7 @@ def test_mixed_rows_keep_and_draw_what_the_reference_does(vocabulary: int, block
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("block", [1024, 4096])
+@pytest.mark.parametrize("block", [512, 1024])
 @pytest.mark.parametrize("vocabulary", [5000, 8192, 151_936])
 def test_large_vocabularies_keep_and_draw_what_the_reference_does(vocabulary: int, block: int, device: str) -> None:
     assert sum(compare(seed, vocabulary, block, device) for seed in range(10)) > 20
@@ -252,7 +252,7 @@ def test_the_noise_is_that_of_the_reference(device: str) -> None:
     expected = [gumbel(seed[i, None], position[i, None], int(index[i]) + 1)[0, -1].item() for i in range(64)]
     assert out.tolist() == pytest.approx(expected, rel=2e-6, abs=2e-6)
     assert float(out[0]) == float(out.max()) == pytest.approx(16.635532)
-    assert out[1] == out.min() == pytest.approx(-2.811541, rel=1e-5)
+    assert float(out[1]) == float(out.min()) == pytest.approx(-2.811541, rel=1e-5)
 
 
 def test_draws_follow_the_softmax_of_what_is_kept(device: str) -> None:

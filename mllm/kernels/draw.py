@@ -31,8 +31,11 @@ END = tl.constexpr(1 << 30)  # all keys are less: 2**(BITS * LEVELS)
 REACH = tl.constexpr(20.0)
 FLOOR = tl.constexpr(0x02000000)  # the bits of 32.0 less END
 ONE = tl.constexpr(2.0**40)  # the probability of the likeliest as a whole number; 2**22 of them fit an int64
-FEW = 4
-"""Rows up to which a program takes 1,024 logits, so that one row has some hundred programs."""
+CHUNK = 512
+"""Logits that a program looks at together, by one warp for each 128."""
+FEW = 8
+"""Rows up to which a program takes one chunk, so that one row has some hundred programs; beyond it takes two. Measured on
+an H200: `docs/performance.md`."""
 
 
 @triton.jit
@@ -218,9 +221,9 @@ class Found(NamedTuple):
     ties: Tensor
 
 
-def sizes(rows: int, block: int, parts: int) -> dict[str, int]:
+def sizes(block: int, parts: int) -> dict[str, int]:
     """Launch arguments: parts of a row, their logits, how many of them at a time, and a warp for each 128 of those."""
-    chunk = min(block, 1024 if rows <= FEW else 512)
+    chunk = min(block, CHUNK)
     return {
         "PARTS": parts, "PP": triton.next_power_of_2(parts), "BLOCK": block, "CHUNK": chunk,
         "num_warps": max(1, chunk // 128),
@@ -238,7 +241,7 @@ def search(logits: Tensor, sampling: SamplingBatch, *, block: int, pdl: bool) ->
             search_kernel[best.shape](
                 logits, best, sums, ties, sampling.temperature, sampling.top_k, sampling.top_p, vocabulary,
                 (LEVELS.value - 1 - level) * BITS.value, MASS=mass, TOP_K=sampling.has_top_k, FIRST=level == 0,
-                LAST=level == LEVELS.value - 1, **sizes(rows, block, best.shape[1]), **options(pdl),
+                LAST=level == LEVELS.value - 1, **sizes(block, best.shape[1]), **options(pdl),
             )  # fmt: skip
     return Found(best, where, finite, sums, ties)
 
@@ -250,13 +253,13 @@ def draw(logits: Tensor, sampling: SamplingBatch, lengths: Tensor, found: Found,
     draw_kernel[best.shape](
         logits, best, where, sums, ties, score, token, sampling.temperature, sampling.top_k, sampling.top_p,
         sampling.min_p, sampling.seed, lengths, logits.shape[1], TOP_K=sampling.has_top_k, TOP_P=sampling.has_top_p,
-        **sizes(len(logits), block, best.shape[1]), **options(pdl),
+        **sizes(block, best.shape[1]), **options(pdl),
     )  # fmt: skip
     return step.pick(score, token, finite, pdl=pdl)
 
 
 def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor, *, pdl: bool) -> Tensor:
     """As `reference.sample`, of a batch that draws."""
-    block = 1024 if len(logits) <= FEW else 4096  # with many rows, what a program does before it reads counts
+    block = CHUNK if len(logits) <= FEW else 2 * CHUNK
     found = search(logits, sampling, block=block, pdl=pdl)
     return draw(logits, sampling, lengths, found, block=block, pdl=pdl)
