@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         description="Draw a picture that no training has seen, save it, ask about it, and print the answer beside the "
         "truth, tokens per second and the time to the first token.",
     )  # fmt: skip
-    demo.add_argument("--kind", help="of question: shapes, text, count, place, where, change, chat (default: any)")
+    demo.add_argument("--kind", help="of question: shapes, text, count, place, where, change (default: any)")
     demo.add_argument("--seed", metavar="N", type=int, help="of the picture (default: random, and printed)")
     demo.add_argument("--save", metavar="FILE", default="demo.png", help="where the picture goes (default: demo.png)")
     _model(demo)
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="run the benchmarks; takes pytest's options",
         usage="mllm bench [PYTEST OPTION ...]",
         description="Run pytest on the benchmarks of the checkout; every option goes to pytest. `mllm bench -- --help` "
-        "lists them, those of the benchmarks under 'mllm benchmarks'.",
+        "lists them, those of the benchmarks under 'mllm'.",
     )  # fmt: skip
     bench.set_defaults(options=[])
     commands.add_parser("plot", add_help=False, help="draw a benchmark's results").set_defaults(options=[])

@@ -17,7 +17,7 @@ from mllm.segments import chunk
 
 @pytest.mark.benchmark(group="prefill")
 def test_prefill(case: Case, batch: int, input_len: int, padded: str) -> None:
-    """`graph`: padded and recorded, as `generate` runs short batches; `eager`: as it runs long ones."""
+    """`graph`: padded and recorded, as `generate` runs its batches on a GPU; `eager`: as it is, of any size."""
     session = case.session
     session.fits(batch, input_len)
     model, prompt = session.model, session.settings.prompt

@@ -9,7 +9,7 @@ from __future__ import annotations
 from mllm.batch import Size
 
 CAPTURED_TOKENS = 2048
-"""Prompt tokens up to which a prefill is recorded; beyond, its kernels outlast their launches."""
+"""Prompt tokens up to which a prefill is recorded, as all of `generate` are; beyond, its kernels outlast their launches."""
 CAPTURED_PATCHES = 4096
 """The same for the patches of an image batch."""
 

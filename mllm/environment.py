@@ -1,4 +1,4 @@
-"""What this machine and its packages are: for bug reports (`mllm env`) and beside every benchmark's figures."""
+"""What this machine and its packages are: for bug reports (`mllm env`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Every exception that `mllm` raises on purpose.
 
 Two families: what a caller can mend by changing an input (`ValueError`), and what is a mistake in the
-order of calls (`RuntimeError`). A message says what, where, expected, got, and what to do about it.
+order of calls (`RuntimeError`); beside them a package that is not there (`ImportError`). A message says what, where,
+expected, got, and what to do about it.
 """
 
 

@@ -1,7 +1,8 @@
 """How many bytes the stages need beside weights and KV pool, at their highest: predicted from shapes alone.
 
 Each function adds up what lives at once in the ops of `mllm.kernels.reference`, which hold more than any other table's;
-`tests/test_peak.py` compares with what the allocator saw. `b` is the bytes of an element of the model, letters are those
+where those of a GPU hold much less, as in attention and drawing, it adds up theirs. `tests/test_peak.py` compares with
+what the allocator saw. `b` is the bytes of an element of the model, letters are those
 of `mllm.state.LEGEND`. Device-wide workspaces are `WORKSPACE`.
 """
 

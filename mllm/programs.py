@@ -22,7 +22,8 @@ from mllm.state import Tree
 from mllm.transform import capture, recorder_for
 
 RECORDINGS = 1024
-"""Of the decode step, at most; the oldest gives way: a size of batch times a power of two of listed pages."""
+"""Of the decode step, at most; the one not used for longest gives way. One for each size of batch, power of two of listed
+pages, and way of drawing (`SamplingBatch`)."""
 PADDED = 64
 """Of prefill, and of the encoder."""
 INFERENCE = torch.inference_mode()

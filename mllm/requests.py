@@ -1,4 +1,4 @@
-"""Requests: prompts laid out, checked against the limits before anything runs, and cut into chunks to run."""
+"""Requests: prompts laid out, checked against the limits before anything runs, and their pictures cut into batches."""
 
 from __future__ import annotations
 

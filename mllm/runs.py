@@ -15,7 +15,7 @@ from mllm.tokenizer import TextStream
 
 @define(eq=False)
 class Run:
-    """A request that holds a row: what was made of it so far. With the loop, the one thing that changes in place."""
+    """A request that holds a row: what was made of it so far. As the loop and what a model keeps, it changes in place."""
 
     request: Request
     row: int

@@ -3,7 +3,7 @@
     python tests/compiled.py 90        # compute capability 9.0; prints one JSON record per kernel and shape
 
 The kernels are launched by their own ops on meta tensors, with the launch replaced by a recorder, so a new kernel or
-a new shape of an op needs no entry here, only a call in `calls`.
+a new shape of an op needs no entry here, only a call in `CALLS`.
 """
 
 from __future__ import annotations

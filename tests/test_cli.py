@@ -68,6 +68,11 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert command in capsys.readouterr().out
 
 
+def test_help_names_the_kinds_of_question_that_demo_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--help") == 0
+    assert f"of question: {', '.join(cli.SHOWN)} (default" in " ".join(capsys.readouterr().out.split())
+
+
 def test_every_command_is_declared_and_defined() -> None:
     assert set(cli.COMMANDS) == {"generate", "demo", "bench", "plot", "compare", "env"}
 

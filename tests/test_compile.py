@@ -15,8 +15,6 @@ from mllm import kernels
 
 pytest.importorskip("triton")
 
-# compute capability -> (bytes of shared memory a block may have, registers a thread may have): CUDA programming
-# guide, "Technical specifications per compute capability"
 # Bytes of stack a thread. Triton 3.7 takes 32 for a sine and spills one register of 56; 3.9 takes none. The tiles that
 # were fastest with all 255 registers spill 16 more. A kernel that is short of registers spills hundreds of bytes.
 STACK = 64
@@ -25,6 +23,8 @@ KERNELS = {
     for module in Path(kernels.__file__).parent.glob("*.py")
     for name in re.findall(r"^def (\w+)_kernel\(", module.read_text("utf-8"), re.MULTILINE)
 }
+# compute capability -> (bytes of shared memory a block may have, registers a thread may have): CUDA programming
+# guide, "Technical specifications per compute capability"
 LIMITS = {87: (163 * 1024, 255), 90: (227 * 1024, 255)}
 
 

@@ -251,6 +251,14 @@ def test_a_file_that_a_page_names_exists(page: str) -> None:
     assert not [name for name in [*links, *named] if not (ROOT / name).exists()]
 
 
+def test_the_front_page_says_where_every_module_is() -> None:
+    """Those of the folders that it names whole need no line of their own."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Finding your way")[2]
+    named = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.py)`", table)}
+    modules = [name for name in TREES if not name.startswith(("signs/", "stages/")) and "__" not in name]
+    assert named == {Path(name).name for name in modules} | {"mllm_cli.py"}
+
+
 def test_every_size_letter_of_a_declaration_is_in_the_legend() -> None:
     used = {
         dim.partition("+")[0]

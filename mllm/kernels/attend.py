@@ -2,8 +2,8 @@
 
 A program takes one key/value head of one row and one split of its context, so that keys and values are read once
 for the group of query heads that share them. The context is cut by its length, which only the device knows; the
-last split of a head to arrive merges the others'. Tokens that earlier steps wrote are loaded before the program
-waits for the kernel before it (`kernels/pdl.py`).
+last split of a head to arrive merges the others'. Where there is one row, the first tokens of a split, which earlier
+steps wrote, are loaded before the program waits for the kernel before it (`kernels/pdl.py`).
 """
 
 from __future__ import annotations

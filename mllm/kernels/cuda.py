@@ -2,7 +2,7 @@
 
 One row: products by hand, which read their weights before the kernel ahead of them is done. A few rows: tensor cores
 with the weight as the tall side. Many, as in prompts: cuBLAS between fused elementwise kernels. Every bound is read on
-the device, so each of the tables can be recorded as a graph.
+the device, so each of the tables can be recorded as a graph, but the one with FlashInfer's attention.
 """
 
 from __future__ import annotations

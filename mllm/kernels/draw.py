@@ -34,7 +34,7 @@ ONE = tl.constexpr(2.0**40)  # the probability of the likeliest as a whole numbe
 CHUNK = 512
 """Logits that a program looks at together, by one warp for each 128."""
 FEW = 8
-"""Rows up to which a program takes one chunk, so that one row has some hundred programs; beyond it takes two. Measured on
+"""Rows up to which a program takes one chunk, so that one row has some 300 programs; beyond it takes two. Measured on
 an H200: `docs/performance.md`."""
 
 

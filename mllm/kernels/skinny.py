@@ -1,4 +1,4 @@
-"""Products with a few rows, 2 to 128: y = x @ w.T on the tensor cores, where reading the weight is most of the time.
+"""Products with a few rows, up to 128: y = x @ w.T on the tensor cores, where reading the weight is most of the time.
 
 The weight's rows are the tall side of the tile (64 or 128 of them), the batch is the narrow one. A product with few
 outputs is split over its inputs, so that enough programs read; the parts are added up by the norm that follows
@@ -74,8 +74,8 @@ def tile_for(rows: int, outputs: int, *, gate: bool, wide: bool) -> Tile:
     """What was fastest in a whole step on an H200, at the shapes of the 2B and 8B models; the record is in
     `docs/performance.md`.
 
-    Fewer rows want more tiles in flight. Some hundred programs fill the chip, so a product with fewer outputs than that
-    is split over its inputs. Without `wide`, all fit the 163 KB of shared memory of an Orin's block.
+    Fewer rows want more tiles in flight. Some hundred programs fill the chip, so a product with fewer tiles of outputs
+    than that is split over its inputs. Without `wide`, all fit the 163 KB of shared memory of an Orin's block.
     """
     if gate or outputs > 2**16:
         return Tile(64, 128, 1, 4, 4) if rows <= 32 else Tile(128, 64, 1, 4, 5)
