@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,18 @@ def slowed(*args, **kwargs):
     return sample(*args, **kwargs)
 
 decode.sample = slowed
-atexit.register(lambda: open({counts!r}, "w").write(str(len(calls))))
+start = time.monotonic()  # what was imported until here takes as long as the machine is busy
+atexit.register(lambda: open({counts!r}, "w").write(f"{{time.monotonic() - start}} {{len(calls)}}"))
 """
 
 
 @frozen
 class Run:
-    """A run of the decode case in a process of its own: by a stopwatch around it, and by its file."""
+    """A run of the decode case in a process of its own: by a stopwatch until it ends, and by its file."""
 
     seconds: float
-    file: Path
     slept: int  # steps in all, not only those that were timed
+    file: Path
 
     @property
     def case(self) -> dict[str, Any]:
@@ -61,11 +61,10 @@ def run(folder: Path, name: str, milliseconds: float) -> Run:
         "test_decode and graph", "--benchmark-json", str(file),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)}
-    start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)  # noqa: S603
-    seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return Run(seconds, file, int(counts.read_text()))
+    seconds, slept = counts.read_text().split()
+    return Run(float(seconds), int(slept), file)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(tmp_path_factory.mktemp("timing"), "base", 20)
 
 
-def test_wall_time_device_time_and_a_stopwatch_around_the_process_agree(base: Run) -> None:
+def test_wall_time_device_time_and_a_stopwatch_of_the_process_agree(base: Run) -> None:
     figures = base.case["extra_info"]
     assert len(base.case["stats"]["data"]) == STEPS
     for name in ("wall_ms", "loop_ms", "device_ms"):
