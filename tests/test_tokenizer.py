@@ -244,6 +244,8 @@ ESCAPES = {
     "memory": "{{ 'x' * 10 ** 15 }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "syntax": "{% for %}",
+    "Python's syntax": "{% for m in messages %}" * 30 + "{% endfor %}" * 30,
+    "Python's names": "{{ 1e999 | int }}",
     "undefined": "{{ messages[0].a.b.c }}",
     "unknown filter": "{{ 1 | nothing }}",
     "wrong types": "{{ 1 + 'a' }}",
