@@ -6,6 +6,7 @@ in 10 ms instead of 800, and never asks the network.
 
 import codecs
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,12 +101,20 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens spelled in it become their ids. Raises `PromptError` if not Unicode."""
+        """Token ids of `text`; special tokens spelled in it become their ids.
+
+        Raises `PromptError` if it is not Unicode, or where the tokenizer, which is the checkpoint's, fails on it.
+        """
         try:
             text.encode()  # a lone surrogate has no UTF-8 form, and the tokenizer's own message does not say so
         except UnicodeEncodeError as error:
             raise PromptError(f"text is not valid Unicode: {error.reason} at character {error.start}") from error
-        return list(self.fast.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self.fast.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:
+            if not _failed(error):
+                raise
+            raise PromptError(f"{self.source}: the tokenizer failed: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -140,19 +149,27 @@ class Tokenizer:
         return self.encode(render(self.template, messages, self.names, self.source))
 
 
+def _failed(error: BaseException) -> bool:
+    """Whether the library raised it: `Exception`, nothing more specific, or a panic of its Rust code, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _read_fast(path: Path) -> "FastTokenizer":
     from tokenizers import Tokenizer as FastTokenizer
 
     content = read_object(path, CheckpointError)
-    model, decoder = content.get("model"), content.get("decoder")
-    if not isinstance(model, dict) or not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-        raise CheckpointError(f"{path}: expected a byte-level BPE, got the decoder {decoder!r}")
+    model, decoder = (part if isinstance(part := content.get(name), dict) else {} for name in ("model", "decoder"))
+    kinds = model.get("type", "BPE"), decoder.get("type")
+    if kinds != ("BPE", "ByteLevel"):
+        raise CheckpointError(f"{path}: expected a byte-level BPE, got model and decoder {reprlib.repr(kinds)}")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):  # never in byte-level BPE, and the library cuts merges there without looking: an abort
-            raise CheckpointError(f"{path}: {key} must be empty in byte-level BPE, got {model[key]!r}")
+            raise CheckpointError(f"{path}: {key} must be empty in byte-level BPE, got {reprlib.repr(model[key])}")
     try:
         fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
+    except BaseException as error:
+        if not _failed(error):
+            raise
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
     fast.no_truncation()
     fast.no_padding()

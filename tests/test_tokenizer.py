@@ -187,13 +187,45 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> No
         Tokenizer.load(tmp_path)
 
 
-def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
-    path = write_tokenizer(tmp_path) / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    path.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="byte-level BPE"):
-        Tokenizer.load(tmp_path)
+def changed(folder: Path, **parts: Any) -> Path:
+    """A folder with a tokenizer.json in which `parts` are replaced."""
+    path = write_tokenizer(folder) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+        {"decoder": "ByteLevel" * 10**6},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}},
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}},
+    ],
+)
+def test_another_kind_of_tokenizer_is_refused(tmp_path: Path, part: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="byte-level BPE") as caught:
+        Tokenizer.load(changed(tmp_path, **part))
+    assert len(str(caught.value)) < 500
+
+
+def test_what_the_library_cannot_load_is_a_checkpoint_error_be_it_a_panic(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        Tokenizer.load(changed(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "^"}, "content": "x"}},
+        {"model": {"type": "BPE", "vocab": {}, "merges": [], "unk_token": "<unk>"}},
+    ],
+)
+def test_what_the_library_cannot_encode_is_a_prompt_error_be_it_a_panic(tmp_path: Path, part: dict[str, Any]) -> None:
+    ours = loaded(changed(tmp_path, **part))
+    with pytest.raises(PromptError, match="the tokenizer failed: "):
+        ours.encode("hello")
 
 
 @pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
