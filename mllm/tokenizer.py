@@ -188,14 +188,24 @@ def _add_tokens(fast: "FastTokenizer", config: dict[str, Any], path: Path) -> No
     from tokenizers import AddedToken
 
     listed = config.get("added_tokens_decoder", {})
-    if not isinstance(listed, dict) or not all(k.isdecimal() and _content(v) is not None for k, v in listed.items()):
+    if not isinstance(listed, dict) or not all(_is_listed(id, entry) for id, entry in listed.items()):
         raise CheckpointError(f"{path}: added_tokens_decoder must map ids to objects with a content")
-    for id, entry in sorted((int(key), entry) for key, entry in listed.items()):
-        content = str(_content(entry))
-        if fast.token_to_id(content) is None:
-            flags = {
-                k: bool(entry[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in entry
-            }
-            fast.add_tokens([AddedToken(content, **flags)])
-        if fast.token_to_id(content) != id:
-            raise CheckpointError(f"{path}: {content!r} should be {id}, tokenizer.json has {fast.token_to_id(content)}")
+    entries = [listed[id] for id in sorted(listed, key=int)]
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    new = [
+        AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in flags if flag in entry})
+        for entry in entries
+        if fast.token_to_id(entry["content"]) is None
+    ]
+    fast.add_tokens(new)  # in one call: each goes over all that were added before
+    for id, entry in listed.items():
+        if (found := fast.token_to_id(entry["content"])) != int(id):
+            shown = reprlib.repr(entry["content"])
+            raise CheckpointError(f"{path}: {shown} should be {id}, tokenizer.json has {found}")
+
+
+def _is_listed(id: str, entry: Any) -> bool:
+    """Whether this is the id of a token, of 32 bits, and an object with what it spells, in Unicode."""
+    content = entry.get("content") if isinstance(entry, dict) else None
+    spelled = isinstance(content, str) and content.encode(errors="replace").decode() == content
+    return spelled and id.isdecimal() and len(id) <= 10

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,9 @@ def test_half_a_tokenizer_is_not_taken_for_none(tmp_path: Path) -> None:
         ("tokenizer_config.json", b'{"added_tokens_decoder": []}'),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}'),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": "a special token"}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": "\\ud800"}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"%s": {"content": "a"}}}' % (b"9" * 5000)),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}'),
         ("tokenizer_config.json", b'{"chat_template": 3}'),
         ("chat_template.json", b"{"),
@@ -249,6 +253,17 @@ def test_tokens_that_only_the_config_lists_are_added_with_their_ids(tmp_path: Pa
     more = loaded(tmp_path)
     assert more.encode("<first><second>") == [size, size + 1]
     assert more.decode([size, size + 1]) == "<first>"
+
+
+def test_thousands_of_tokens_of_the_config_are_added_in_no_time(tmp_path: Path, ours: Tokenizer) -> None:
+    write_tokenizer(tmp_path)
+    size = ours.fast.get_vocab_size()
+    listed = {str(size + i): {"content": f"<{i}>", "special": True} for i in range(4000)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    start = time.perf_counter()
+    more = loaded(tmp_path)
+    assert time.perf_counter() - start < 2  # one by one it takes seconds, and four times as long for twice as many
+    assert more.encode("<3999><0>") == [size + 3999, size]
 
 
 def test_settings_for_padding_and_truncation_do_not_reach_the_ids(tmp_path: Path, ours: Tokenizer) -> None:
