@@ -237,8 +237,11 @@ def _shards(index: Path) -> list[str]:
 
 def _why_unreadable(file: Path) -> str | None:
     """A better reason than the parser's, where the first bytes give one away."""
-    with file.open("rb") as stream:
-        head = stream.read(64)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        return error.strerror
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights; run `git lfs pull` in the folder it came from"
     return "empty" if not head else None

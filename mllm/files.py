@@ -11,10 +11,12 @@ from mllm.errors import MllmError
 
 def read_object(path: Path, error: type[MllmError]) -> dict[str, Any]:
     """The JSON object in `path`. Raises `error`, naming the file, for anything else; nothing but a file is read."""
-    if not path.is_file():  # a pipe would be read for ever
-        raise error(f"{path}: no such file; a model folder holds config.json and *.safetensors")
     try:
+        if not path.is_file():  # a pipe would be read for ever
+            raise error(f"{path}: no such file; a model folder holds config.json and *.safetensors")
         content = json.loads(path.read_bytes())
+    except error:  # a ValueError, too
+        raise
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path}: not readable as JSON ({reason})") from None
     if not isinstance(content, dict):

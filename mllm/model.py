@@ -165,7 +165,7 @@ def prompt(model: Model, messages: Any) -> Prompt:
 
 def _read(folder: Path, ignore: Collection[str]) -> tuple[Config, ImageConfig | None]:
     """What the JSON files of a checkpoint folder say."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
     config = families.read(folder, ignore=ignore)
     return config, _image_config(ImageConfig.read(folder, ignore=ignore), config, str(folder))
