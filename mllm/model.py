@@ -12,6 +12,7 @@ from attrs import field, frozen
 
 from mllm import budget, checkpoint, families, prompts, signs, weights
 from mllm.budget import MEM_FRACTION_STATIC, MemoryProfile
+from mllm.cache import PAGE_SIZE
 from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
@@ -223,6 +224,8 @@ def _device(device: str | torch.device) -> torch.device:
         kind = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    if kind.type not in PAGE_SIZE:
+        raise ValueError(f"device {str(kind)!r}: there are kernels for {' and '.join(PAGE_SIZE)}")
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(kind)!r}: PyTorch sees no GPU here; torch.__version__ is {torch.__version__}")
     return kind

@@ -389,6 +389,8 @@ def test_a_dummy_or_device_or_dtype_that_is_not_there_is_refused(vision_model: T
             call(dtype="int8")
         with pytest.raises(ValueError, match="int32"):
             call(dtype=torch.int32)
+        with pytest.raises(ValueError, match="'mps': there are kernels for cpu and cuda"):
+            call(device="mps")
         if not torch.cuda.is_available():
             with pytest.raises(ValueError, match="sees no GPU"):
                 call(device="cuda")
