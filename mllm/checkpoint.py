@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -119,7 +120,8 @@ def load(
             _check_tied(parts[HEAD], joined["text.embed"][0])
         kind = dtype or DTYPES[joined["text.embed"][0].dtype]
         hidden = None if progress is None else not progress  # tqdm's None: where there is no terminal
-        bar = stack.enter_context(tqdm(total=len(joined), desc="weights", disable=hidden))
+        nowhere = sys.stderr is None  # as in a service, where tqdm would write to it all the same
+        bar = stack.enter_context(tqdm(total=len(joined), desc="weights", disable=nowhere or hidden))
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
