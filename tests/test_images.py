@@ -327,6 +327,13 @@ def test_damaged_bytes_open_or_are_an_image_error(data: st.DataObject) -> None:
     assert "0x" not in outcome(bytes(content))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_the_caller_made_an_error_is_an_image_error() -> None:
+    cut = b"MM\0*\0\0\0\x08\xff\xff"  # 65535 entries of EXIF, and none is there
+    with pytest.raises(ImageError, match="Corrupt EXIF data"):
+        open_image(encoded(noise(24, 16), "PNG", exif=cut))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_an_image_error(data: bytes) -> None:
