@@ -92,13 +92,14 @@ def load(
     kind = _dtype(config.dtype if dtype == "auto" else dtype)
     place = _device(device)
     before = _planned(config, images, place, kind or torch.bfloat16, mem_fraction_static).available_before
+    tokenizer = Tokenizer.load(folder)  # first, since one that is broken takes no time to find
     made = checkpoint.load(folder, config, device=place, dtype=kind, progress=progress)
     return Model(
         config=config,
         weights=made,
         memory=_profile(config, images, made, before, mem_fraction_static),
         **tables_for(device, made.text.embed.dtype)._asdict(),
-        tokenizer=Tokenizer.load(folder),
+        tokenizer=tokenizer,
         images=images,
         name="signs" if path is None else folder.name,
     )

@@ -283,6 +283,13 @@ def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.
         families.read(folder)
 
 
+def test_a_broken_tokenizer_is_found_before_a_weight_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.Part, "read", lambda part: pytest.fail(f"{part.name} was read"))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        mllm.load(folder, progress=False)
+
+
 def test_a_path_that_no_folder_can_have_is_none() -> None:
     with pytest.raises(CheckpointError, match="not a folder"):
         mllm.load("x" * 5000)
