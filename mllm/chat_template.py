@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import CheckpointError, PromptError
-from mllm.files import read_optional
+from mllm.files import check_inside, read_optional
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str], source: str) -> str:
@@ -35,6 +35,7 @@ def read_template(root: Path, config: dict[str, Any]) -> str | None:
     """
     jinja = root / "chat_template.jinja"
     if jinja.is_file():
+        check_inside(jinja, CheckpointError)
         try:
             return jinja.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

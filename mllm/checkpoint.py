@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mllm.config import Config
 from mllm.errors import CheckpointError
+from mllm.files import check_inside
 from mllm.weights import Weights, build
 
 # Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
@@ -212,24 +213,18 @@ def _files(folder: Path) -> Iterator[Path]:
         names = _shards(index)
     else:
         raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-    root = folder.resolve()
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{index}: {name!r} is not the plain name of a file in this folder")
         file = folder / name
         if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise CheckpointError(f"{file}: missing")
-        if file.resolve().parent != root and not _same_repository(file.resolve(), root):
-            raise CheckpointError(f"{file}: a link out of the model folder")
+        check_inside(file, CheckpointError)
         yield file
 
 
-def _same_repository(target: Path, root: Path) -> bool:
-    """Whether a link stays in one hub download, whose snapshots/<commit>/ link into the blobs/ beside them."""
-    return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-
-
 def _shards(index: Path) -> list[str]:
+    check_inside(index, CheckpointError)
     try:
         names = json.loads(index.read_bytes())["weight_map"].values()
         return sorted(set(names))
