@@ -65,6 +65,8 @@ def text_tokens(model: Model, rows: int, length: int, prompt: str | None = None)
         if model.tokenizer is None:
             raise ValueError(f"--prompt: {model.name} has no tokenizer")
         own = [token for token in model.tokenizer.encode(prompt) if token not in taboo]
+        if not own:
+            raise ValueError(f"--prompt: {prompt!r} has no tokens to fill a prompt with")
         return [(own * -(-length // len(own)))[:length]] * rows
     generator = torch.Generator().manual_seed(length)
     allowed = torch.tensor([t for t in range(min(config.text.vocab_size, 100_000)) if t not in taboo])

@@ -46,6 +46,7 @@ def pairs(session: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_peer_prefill(case: Case, pairs: Any, peer: str, batch: int) -> None:
     model, hf = pairs(peer)
     length = _length(case)
+    case.session.fits(batch, length)
     other = peers.Peer(hf, _ids(model, batch, length))
     box: dict[str, Any] = {}
     box["pool"], table, rows = points.memory(model, batch, length)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from mllm.config import Config
 from mllm.errors import CheckpointError
+from mllm.files import check_inside
 from mllm.weights import Weights, build
 
 # Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
@@ -119,7 +121,8 @@ def load(
             _check_tied(parts[HEAD], joined["text.embed"][0])
         kind = dtype or DTYPES[joined["text.embed"][0].dtype]
         hidden = None if progress is None else not progress  # tqdm's None: where there is no terminal
-        bar = stack.enter_context(tqdm(total=len(joined), desc="weights", disable=hidden))
+        nowhere = sys.stderr is None  # as in a service, where tqdm would write to it all the same
+        bar = stack.enter_context(tqdm(total=len(joined), desc="weights", disable=nowhere or hidden))
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
@@ -210,24 +213,18 @@ def _files(folder: Path) -> Iterator[Path]:
         names = _shards(index)
     else:
         raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-    root = folder.resolve()
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{index}: {name!r} is not the plain name of a file in this folder")
         file = folder / name
         if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise CheckpointError(f"{file}: missing")
-        if file.resolve().parent != root and not _same_repository(file.resolve(), root):
-            raise CheckpointError(f"{file}: a link out of the model folder")
+        check_inside(file, CheckpointError)
         yield file
 
 
-def _same_repository(target: Path, root: Path) -> bool:
-    """Whether a link stays in one hub download, whose snapshots/<commit>/ link into the blobs/ beside them."""
-    return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-
-
 def _shards(index: Path) -> list[str]:
+    check_inside(index, CheckpointError)
     try:
         names = json.loads(index.read_bytes())["weight_map"].values()
         return sorted(set(names))
@@ -237,8 +234,11 @@ def _shards(index: Path) -> list[str]:
 
 def _why_unreadable(file: Path) -> str | None:
     """A better reason than the parser's, where the first bytes give one away."""
-    with file.open("rb") as stream:
-        head = stream.read(64)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        return error.strerror
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights; run `git lfs pull` in the folder it came from"
     return "empty" if not head else None

@@ -61,11 +61,28 @@ def read(path: str | Path) -> dict[str, Any]:
         data = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: not JSON") from None
     if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
         raise ValueError(f"{path}: not a result file of pytest --benchmark-json")
+    if not isinstance(data.get("machine_info", {}), dict):
+        raise ValueError(f"{path}: machine_info is not an object")
+    for index, case in enumerate(data["benchmarks"]):
+        if not _is_case(case):
+            raise ValueError(
+                f"{path}: benchmarks[{index}] lacks what pytest-benchmark writes of a case, or its median is 0"
+            )
     return data
+
+
+def _is_case(case: object) -> bool:
+    """Whether a case of a file holds what is read here and in `mllm.plot`."""
+    if not isinstance(case, dict) or not isinstance(case.get("fullname"), str) or "group" not in case:
+        return False
+    stats, numbers = case.get("stats"), ("median", "iqr", "rounds")
+    if not isinstance(case.get("extra_info"), dict) or not isinstance(stats, dict):
+        return False
+    return all(isinstance(stats.get(name), int | float) for name in numbers) and stats["median"] > 0
 
 
 def cases(data: dict[str, Any]) -> dict[str, dict[str, Any]]:

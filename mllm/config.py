@@ -116,7 +116,7 @@ class VisionConfig:
         taps = self.deepstack_visual_indexes
         if any(not 0 <= tap < self.depth for tap in taps) or len(set(taps)) < len(taps):
             raise ConfigError(
-                f"deepstack_visual_indexes: expected different layers from 0 to {self.depth - 1}, got {taps}"
+                f"deepstack_visual_indexes: expected different layers from 0 to {self.depth - 1}, got {reprlib.repr(taps)}"
             )
         if self.hidden_size % (4 * self.num_heads):
             raise ConfigError(

@@ -28,11 +28,11 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 256 * 2**20  # of an encoded file; nothing larger is read
 MAX_RATIO = 200  # of the longer to the shorter side, transformers' limit
 
-# What Pillow's decoders raise on broken files: OSError for most, the others from chunk and EXIF parsing. The two
-# bomb classes are listed because one is a warning, which a caller may have turned into an error.
+# What Pillow's decoders raise on broken files: OSError for most, the others from chunk and EXIF parsing. Warnings are
+# listed because a caller may have turned them into errors.
 BROKEN = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
-    *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
+    *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Warning),
 )
 
 

@@ -12,6 +12,7 @@ from attrs import field, frozen
 
 from mllm import budget, checkpoint, families, prompts, signs, weights
 from mllm.budget import MEM_FRACTION_STATIC, MemoryProfile
+from mllm.cache import PAGE_SIZE
 from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
@@ -91,13 +92,14 @@ def load(
     kind = _dtype(config.dtype if dtype == "auto" else dtype)
     place = _device(device)
     before = _planned(config, images, place, kind or torch.bfloat16, mem_fraction_static).available_before
+    tokenizer = Tokenizer.load(folder)  # first, since one that is broken takes no time to find
     made = checkpoint.load(folder, config, device=place, dtype=kind, progress=progress)
     return Model(
         config=config,
         weights=made,
         memory=_profile(config, images, made, before, mem_fraction_static),
         **tables_for(device, made.text.embed.dtype)._asdict(),
-        tokenizer=Tokenizer.load(folder),
+        tokenizer=tokenizer,
         images=images,
         name="signs" if path is None else folder.name,
     )
@@ -165,7 +167,7 @@ def prompt(model: Model, messages: Any) -> Prompt:
 
 def _read(folder: Path, ignore: Collection[str]) -> tuple[Config, ImageConfig | None]:
     """What the JSON files of a checkpoint folder say."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise CheckpointError(f"{folder}: not a folder; models are local Hugging Face folders, nothing is downloaded")
     config = families.read(folder, ignore=ignore)
     return config, _image_config(ImageConfig.read(folder, ignore=ignore), config, str(folder))
@@ -223,6 +225,8 @@ def _device(device: str | torch.device) -> torch.device:
         kind = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    if kind.type not in PAGE_SIZE:
+        raise ValueError(f"device {str(kind)!r}: there are kernels for {' and '.join(PAGE_SIZE)}")
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(kind)!r}: PyTorch sees no GPU here; torch.__version__ is {torch.__version__}")
     return kind

@@ -6,6 +6,7 @@ in 10 ms instead of 800, and never asks the network.
 
 import codecs
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,12 +101,20 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens spelled in it become their ids. Raises `PromptError` if not Unicode."""
+        """Token ids of `text`; special tokens spelled in it become their ids.
+
+        Raises `PromptError` if it is not Unicode, or where the tokenizer, which is the checkpoint's, fails on it.
+        """
         try:
             text.encode()  # a lone surrogate has no UTF-8 form, and the tokenizer's own message does not say so
         except UnicodeEncodeError as error:
             raise PromptError(f"text is not valid Unicode: {error.reason} at character {error.start}") from error
-        return list(self.fast.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self.fast.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:
+            if not _failed(error):
+                raise
+            raise PromptError(f"{self.source}: the tokenizer failed: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -140,19 +149,27 @@ class Tokenizer:
         return self.encode(render(self.template, messages, self.names, self.source))
 
 
+def _failed(error: BaseException) -> bool:
+    """Whether the library raised it: `Exception`, nothing more specific, or a panic of its Rust code, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _read_fast(path: Path) -> "FastTokenizer":
     from tokenizers import Tokenizer as FastTokenizer
 
     content = read_object(path, CheckpointError)
-    model, decoder = content.get("model"), content.get("decoder")
-    if not isinstance(model, dict) or not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-        raise CheckpointError(f"{path}: expected a byte-level BPE, got the decoder {decoder!r}")
+    model, decoder = (part if isinstance(part := content.get(name), dict) else {} for name in ("model", "decoder"))
+    kinds = model.get("type", "BPE"), decoder.get("type")
+    if kinds != ("BPE", "ByteLevel"):
+        raise CheckpointError(f"{path}: expected a byte-level BPE, got model and decoder {reprlib.repr(kinds)}")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):  # never in byte-level BPE, and the library cuts merges there without looking: an abort
-            raise CheckpointError(f"{path}: {key} must be empty in byte-level BPE, got {model[key]!r}")
+            raise CheckpointError(f"{path}: {key} must be empty in byte-level BPE, got {reprlib.repr(model[key])}")
     try:
         fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
+    except BaseException as error:
+        if not _failed(error):
+            raise
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
     fast.no_truncation()
     fast.no_padding()
@@ -171,14 +188,24 @@ def _add_tokens(fast: "FastTokenizer", config: dict[str, Any], path: Path) -> No
     from tokenizers import AddedToken
 
     listed = config.get("added_tokens_decoder", {})
-    if not isinstance(listed, dict) or not all(k.isdecimal() and _content(v) is not None for k, v in listed.items()):
+    if not isinstance(listed, dict) or not all(_is_listed(id, entry) for id, entry in listed.items()):
         raise CheckpointError(f"{path}: added_tokens_decoder must map ids to objects with a content")
-    for id, entry in sorted((int(key), entry) for key, entry in listed.items()):
-        content = str(_content(entry))
-        if fast.token_to_id(content) is None:
-            flags = {
-                k: bool(entry[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in entry
-            }
-            fast.add_tokens([AddedToken(content, **flags)])
-        if fast.token_to_id(content) != id:
-            raise CheckpointError(f"{path}: {content!r} should be {id}, tokenizer.json has {fast.token_to_id(content)}")
+    entries = [listed[id] for id in sorted(listed, key=int)]
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    new = [
+        AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in flags if flag in entry})
+        for entry in entries
+        if fast.token_to_id(entry["content"]) is None
+    ]
+    fast.add_tokens(new)  # in one call: each goes over all that were added before
+    for id, entry in listed.items():
+        if (found := fast.token_to_id(entry["content"])) != int(id):
+            shown = reprlib.repr(entry["content"])
+            raise CheckpointError(f"{path}: {shown} should be {id}, tokenizer.json has {found}")
+
+
+def _is_listed(id: str, entry: Any) -> bool:
+    """Whether this is the id of a token, of 32 bits, and an object with what it spells, in Unicode."""
+    content = entry.get("content") if isinstance(entry, dict) else None
+    spelled = isinstance(content, str) and content.encode(errors="replace").decode() == content
+    return spelled and id.isdecimal() and len(id) <= 10

@@ -144,6 +144,11 @@ def test_only_text_fills_a_prompt_with_a_picture(signs: Model, prompt: str | Non
     assert points.lay_out(signs, found, picture).counts == (16,)
 
 
+def test_a_prompt_without_tokens_is_refused(signs: Model) -> None:
+    with pytest.raises(ValueError, match="--prompt: '' has no tokens"):
+        points.text_tokens(signs, 1, 8, "")
+
+
 def test_a_prompt_about_a_picture_is_what_the_processor_makes(signs: Model) -> None:
     picture, text = points.drawn_picture(), "What does the sign say?"
     content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
@@ -264,6 +269,17 @@ def test_the_tables_on_the_front_page_are_those_of_the_committed_results() -> No
     shown = [line for line in page.splitlines() if re.search(r"\d \(\d+%\)", line)]
     assert len(shown) > 10
     assert [line for line in shown if line not in made] == []
+
+
+def test_a_point_that_fits_no_pool_is_skipped_beside_a_peer_too() -> None:
+    command = [
+        sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "-q", "-p", "no:cacheprovider", "-k", "peer", "-rs",
+        "--peer", "small-text", "--batch", "100000", "--input-len", "4096", "--benchmark-disable",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "2 skipped" in done.stdout
+    assert "100000 x (4096+0) = 409600000 tokens > " in done.stdout
 
 
 @pytest.mark.parametrize("folders", [("tests/test_table.py", "benchmarks"), ("benchmarks", "tests/test_table.py")])

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import Tiny, make_tiny, words
 
 import mllm
-from mllm import checkpoint, weights
-from mllm.errors import CheckpointError
+from mllm import checkpoint, families, weights
+from mllm.errors import CheckpointError, ConfigError
 from mllm.state import leaves
 
 SINGLE, INDEX = checkpoint.SINGLE, checkpoint.INDEX
@@ -265,6 +265,34 @@ def test_a_tied_head_that_is_stored_too_is_passed_over(tmp_path: Path) -> None:
     assert again.weights.text.head is again.weights.text.embed
     prompt = [mllm.Prompt(words(5))]
     assert torch.equal(mllm.score(again, prompt)[0], mllm.score(tied.ours, prompt)[0])
+
+
+def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may read everything, so the system's answer is made up."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    config = families.read(folder)
+    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=rf"{SINGLE}: Permission denied"):
+        checkpoint.load(folder, config)
+    monkeypatch.setattr(Path, "is_file", refuse)  # as in a folder that may not be searched
+    with pytest.raises(ConfigError, match=r"config\.json: .*Permission denied"):
+        families.read(folder)
+
+
+def test_a_broken_tokenizer_is_found_before_a_weight_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.Part, "read", lambda part: pytest.fail(f"{part.name} was read"))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        mllm.load(folder, progress=False)
+
+
+def test_a_path_that_no_folder_can_have_is_none() -> None:
+    with pytest.raises(CheckpointError, match="not a folder"):
+        mllm.load("x" * 5000)
 
 
 def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ BAD = {
     "not an image": (["--image", str(Path(__file__))], "not a readable PNG, JPEG or WEBP file"),
     "no such model": (["--model", "absent"], "absent: not a folder"),
     "no such device": (["--device", "toaster"], "--device toaster"),
+    "a device without kernels": (["--device", "mps"], "device 'mps': there are kernels for cpu and cuda"),
     "no such dtype": (["--dtype", "int3"], "dtype: expected"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0"),
     "negative temperature": (["--temperature", "-1"], "temperature: expected"),

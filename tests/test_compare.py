@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mllm import compare
+from mllm import compare, plot
 
 SUITE = '''
 import itertools, os
@@ -116,6 +117,36 @@ def test_a_single_round_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixt
         data["benchmarks"][0]["stats"] |= {"rounds": 1, "iqr": 0.0}
     assert _compare(tmp_path, old, new) == 0
     assert "1 round" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(machine_info=5),
+        lambda data: data["benchmarks"].append({}),
+        lambda data: data["benchmarks"].append(1),
+        lambda data: data["benchmarks"][0].pop("extra_info"),
+        lambda data: data["benchmarks"][0]["stats"].update(median="fast"),
+        lambda data: data["benchmarks"][0]["stats"].update(median=0.0),
+        lambda data: data["benchmarks"][0]["stats"].update(median=float("nan")),
+        lambda data: data["benchmarks"][0]["stats"].pop("iqr"),
+    ],
+)
+def test_a_file_that_no_benchmark_wrote_is_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object]
+) -> None:
+    change(broken := _results(a=0.010))
+    assert _compare(tmp_path, _results(a=0.010), broken) == 2
+    assert plot.main([str(tmp_path / "new.json"), "--into", str(tmp_path)]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert re.match(r"mllm (compare|plot): .*new\.json: (benchmarks\[\d\]|machine_info) ", line)
+
+
+def test_a_file_that_is_no_json_is_an_error_of_one_line(tmp_path: Path) -> None:
+    for text in ("", "{", "[" * 100_000):
+        (tmp_path / "new.json").write_text(text)
+        with pytest.raises(ValueError, match=r"new\.json: not JSON"):
+            compare.read(tmp_path / "new.json")
 
 
 @pytest.fixture

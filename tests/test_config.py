@@ -231,7 +231,7 @@ NONSENSE: list[tuple[Json, str]] = [
     *((qwen3_vl(vision={"patch_size": value}), "vision_config.patch_size") for value in (0, -1, 10**9, [4, 4], "4")),
     *((qwen3_vl(vision={"depth": value}), "vision_config.depth") for value in (0, 10**9, None)),
     *((qwen3_vl(vision={"deepstack_visual_indexes": value}), "deepstack_visual_indexes")
-      for value in ([3], [-1], [0, 0], ["0"], [True], 1, "01", [10**30])),
+      for value in ([3], [-1], [0, 0], ["0"], [True], 1, "01", [10**30], [9] * 10**5)),
     (qwen3_vl(vision={"num_heads": 5}), "hidden_size"),
     (qwen3_vl(vision={"num_heads": 0}), "num_heads"),
     (qwen3_vl(vision={"num_position_embeddings": 24}), "num_position_embeddings"),

@@ -316,6 +316,11 @@ def test_two_streams_of_one_model_do_not_meet(vision_model: Tiny) -> None:
     assert [[tuple(tokens) for tokens in mine] for mine in got] == [want, want]
 
 
+def test_a_process_without_standard_error_can_load(vision_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # a service's, or a window's
+    assert mllm.load(vision_model.folder).name == vision_model.folder.name
+
+
 def test_progress_is_silent_unless_asked_for(text_model: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
     mllm.generate(text_model.ours, [GOOD], max_new_tokens=2)
     assert capfd.readouterr() == ("", "")
@@ -389,6 +394,8 @@ def test_a_dummy_or_device_or_dtype_that_is_not_there_is_refused(vision_model: T
             call(dtype="int8")
         with pytest.raises(ValueError, match="int32"):
             call(dtype=torch.int32)
+        with pytest.raises(ValueError, match="'mps': there are kernels for cpu and cuda"):
+            call(device="mps")
         if not torch.cuda.is_available():
             with pytest.raises(ValueError, match="sees no GPU"):
                 call(device="cuda")

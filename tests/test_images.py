@@ -327,6 +327,13 @@ def test_damaged_bytes_open_or_are_an_image_error(data: st.DataObject) -> None:
     assert "0x" not in outcome(bytes(content))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_the_caller_made_an_error_is_an_image_error() -> None:
+    cut = b"MM\0*\0\0\0\x08\xff\xff"  # 65535 entries of EXIF, and none is there
+    with pytest.raises(ImageError, match="Corrupt EXIF data"):
+        open_image(encoded(noise(24, 16), "PNG", exif=cut))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_an_image_error(data: bytes) -> None:
@@ -444,20 +451,25 @@ def test_a_key_left_out_is_what_transformers_takes(tmp_path: Path) -> None:
         ("temporal_patch_size", 10**9),
         ("image_mean", [0.5, 0.5]),
         ("image_mean", [0.5, 0.5, float("nan")]),
+        ("image_mean", [0.5, 0.5, 10**400]),
+        ("image_std", [0.5] * 10**5),
+        ("patch_size", ["x" * 10**6]),
         ("image_std", [0.5, 0.5, 0]),
         ("image_std", "0.5"),
         ("min_pixels", 10**12),
         ("max_pixels", 10),
         ("size", {"height": 3, "width": 4}),
         ("size", [1, 2]),
+        ("size", [1] * 10**5),
         ("dither", "blue"),
     ],
 )
 def test_a_value_that_would_compute_something_else_is_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
     field = {"patch_size": "patch", "merge_size": "merge", "temporal_patch_size": "temporal"}
     name = field.get(key, key.removeprefix("image_") if key in ("image_mean", "image_std") else key)
-    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: .*{name}"):
+    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: .*{name}") as caught:
         ImageConfig.read(written(tmp_path, {key: value}))
+    assert len(str(caught.value)) < 600
 
 
 def test_an_unknown_key_can_be_ignored_by_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_checkpoint import BROKEN
+from test_checkpoint import BROKEN, INDEX, SINGLE
 from tiny import Tiny, picture
 from tokenizer_files import write_tokenizer
 
@@ -92,6 +93,23 @@ print(json.dumps({"made": len(out.tokens), "seen": seen}))
     )
     assert found == {"made": 3, "seen": []}
     assert not (hostile / "ran").exists()
+
+
+NAMES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+         "tokenizer_config.json", "chat_template.json", "chat_template.jinja", INDEX, SINGLE)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_of_a_folder_may_be_a_link_out_of_it(hostile: Path, tmp_path: Path, name: str) -> None:
+    """A template that is a link to somebody's secret would put it into every prompt."""
+    outside = tmp_path / "outside"
+    if name in (INDEX, "chat_template.json"):  # which are read where the other of their kind is not there
+        (hostile / {INDEX: SINGLE}.get(name, "chat_template.jinja")).unlink()
+    outside.write_bytes((hostile / name).read_bytes() if (hostile / name).is_file() else b'{"image_processor": {}}')
+    (hostile / name).unlink(missing_ok=True)
+    (hostile / name).symlink_to(outside)
+    with pytest.raises(MllmError, match=f"{re.escape(name)}: a link out of the model folder"):
+        mllm.load(hostile, progress=False)
 
 
 def test_a_config_that_names_code_is_refused_by_name_or_known_to_change_nothing(hostile: Path) -> None:

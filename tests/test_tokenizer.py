@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,9 @@ def test_half_a_tokenizer_is_not_taken_for_none(tmp_path: Path) -> None:
         ("tokenizer_config.json", b'{"added_tokens_decoder": []}'),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}'),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": "a special token"}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": "\\ud800"}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"%s": {"content": "a"}}}' % (b"9" * 5000)),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}'),
         ("tokenizer_config.json", b'{"chat_template": 3}'),
         ("chat_template.json", b"{"),
@@ -187,13 +191,45 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> No
         Tokenizer.load(tmp_path)
 
 
-def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
-    path = write_tokenizer(tmp_path) / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    path.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="byte-level BPE"):
-        Tokenizer.load(tmp_path)
+def changed(folder: Path, **parts: Any) -> Path:
+    """A folder with a tokenizer.json in which `parts` are replaced."""
+    path = write_tokenizer(folder) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+        {"decoder": "ByteLevel" * 10**6},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}},
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}},
+    ],
+)
+def test_another_kind_of_tokenizer_is_refused(tmp_path: Path, part: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="byte-level BPE") as caught:
+        Tokenizer.load(changed(tmp_path, **part))
+    assert len(str(caught.value)) < 500
+
+
+def test_what_the_library_cannot_load_is_a_checkpoint_error_be_it_a_panic(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        Tokenizer.load(changed(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "^"}, "content": "x"}},
+        {"model": {"type": "BPE", "vocab": {}, "merges": [], "unk_token": "<unk>"}},
+    ],
+)
+def test_what_the_library_cannot_encode_is_a_prompt_error_be_it_a_panic(tmp_path: Path, part: dict[str, Any]) -> None:
+    ours = loaded(changed(tmp_path, **part))
+    with pytest.raises(PromptError, match="the tokenizer failed: "):
+        ours.encode("hello")
 
 
 @pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
@@ -217,6 +253,17 @@ def test_tokens_that_only_the_config_lists_are_added_with_their_ids(tmp_path: Pa
     more = loaded(tmp_path)
     assert more.encode("<first><second>") == [size, size + 1]
     assert more.decode([size, size + 1]) == "<first>"
+
+
+def test_thousands_of_tokens_of_the_config_are_added_in_no_time(tmp_path: Path, ours: Tokenizer) -> None:
+    write_tokenizer(tmp_path)
+    size = ours.fast.get_vocab_size()
+    listed = {str(size + i): {"content": f"<{i}>", "special": True} for i in range(4000)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    start = time.perf_counter()
+    more = loaded(tmp_path)
+    assert time.perf_counter() - start < 2  # one by one it takes seconds, and four times as long for twice as many
+    assert more.encode("<3999><0>") == [size + 3999, size]
 
 
 def test_settings_for_padding_and_truncation_do_not_reach_the_ids(tmp_path: Path, ours: Tokenizer) -> None:
@@ -244,6 +291,8 @@ ESCAPES = {
     "memory": "{{ 'x' * 10 ** 15 }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "syntax": "{% for %}",
+    "Python's syntax": "{% for m in messages %}" * 30 + "{% endfor %}" * 30,
+    "Python's names": "{{ 1e999 | int }}",
     "undefined": "{{ messages[0].a.b.c }}",
     "unknown filter": "{{ 1 | nothing }}",
     "wrong types": "{{ 1 + 'a' }}",
