@@ -184,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in wrong:
         print(f"FAILED: {line}", file=sys.stderr)
     if not wrong:
-        print(f"{len(found.changes)} cases, none slower by more than {args.fail_above:.0%} and its spread")
+        count = len(found.changes)
+        print(f"{count} case{'s' * (count > 1)}, none slower by more than {args.fail_above:.0%} and its spread")
     if unsure := found.unsure(args.fail_above):
         print(f"{_cases(len(unsure))} slower by less than the rounds of one run differ: more rounds would tell")
     return 1 if wrong else 0
