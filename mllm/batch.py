@@ -36,15 +36,16 @@ class ForwardBatch(State):
     lengths: Tensor = tensor("B", torch.int32)
     q_indptr: Tensor = tensor("B+1", torch.int32)
     last: Tensor = tensor("Q", torch.int64)
-    spans: tuple[tuple[int, int], ...] | None = None
+    host_rows: tuple[tuple[int, int], ...] | None = None
 
     def rows(self) -> tuple[tuple[int, int], ...]:
         """Of each row its tokens in this batch and those of its context, on the host.
 
-        They are `spans`; where that is None, since the batch is padded or its rows grow, the host waits for the device.
+        They are `host_rows`; where that is None, since the batch is padded or its rows grow, the host waits for the
+        device.
         """
-        if self.spans is not None:
-            return self.spans
+        if self.host_rows is not None:
+            return self.host_rows
         return tuple(zip(self.q_indptr.diff().tolist(), self.lengths.tolist(), strict=True))
 
 
@@ -64,15 +65,14 @@ class PatchBatch(State):
     at: Tensor = tensor("M", torch.int64)
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    bounds: tuple[int, ...] | None = None
+    host_indptr: tuple[int, ...] | None = None
 
     def spans(self) -> tuple[tuple[int, int], ...]:
         """First patch and last + 1 of each image, on the host.
 
-        They come from `bounds`, which is `indptr`; where that is None, since the batch is padded, the host waits for
-        the device.
+        They come from `host_indptr`; where that is None, since the batch is padded, the host waits for the device.
         """
-        return tuple(pairwise(self.indptr.tolist() if self.bounds is None else self.bounds))
+        return tuple(pairwise(self.indptr.tolist() if self.host_indptr is None else self.host_indptr))
 
 
 @state
@@ -149,7 +149,7 @@ def pack(
     count = [len(c.tokens) for c in chunks]
     total = [s + n for s, n in zip(start, count, strict=True)]
     listed = max(map(table.pages_for, total))
-    spans = tuple(zip(count, total, strict=True)) if size is None else None
+    host_rows = tuple(zip(count, total, strict=True)) if size is None else None
     size = size or Size(sum(count), len(chunks), listed)
     pages = torch.full((size.rows, size.listed), SINK, dtype=torch.int32)
     pages[: len(chunks), :listed] = table.pages[[c.row for c in chunks], :listed]
@@ -165,7 +165,7 @@ def pack(
         lengths=_padded(torch.tensor(total, dtype=torch.int32), idle),
         q_indptr=torch.from_numpy(np.append(ends, [ends[-1]] * idle).astype(np.int32)),
         last=last if every else _padded(last, idle),
-        spans=spans,
+        host_rows=host_rows,
     )
     return upload(batch, device)
 

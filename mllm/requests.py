@@ -197,5 +197,5 @@ def join_patches(
         at=where,
         mean=config.mean,
         std=config.std,
-        bounds=None if size else tuple(bounds.tolist()),
+        host_indptr=None if size else tuple(bounds.tolist()),
     )

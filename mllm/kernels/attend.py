@@ -121,18 +121,16 @@ def _merge(partial, stats, head, live, out, G: tl.constexpr, D: tl.constexpr, DP
     AHEAD: those of a head are asked for before the one before it is summed up, at the price of registers.
     """
     d = tl.arange(0, DP)
-    top, total, acc = _unmerged(partial, stats, head, live, 0, G, D, DP, SPLITS)
     for g in tl.static_range(G):
+        if g == 0 or not AHEAD:
+            top, total, acc = _unmerged(partial, stats, head, live, g, G, D, DP, SPLITS)
         if AHEAD and g + 1 < G:
             top_after, total_after, acc_after = _unmerged(partial, stats, head, live, g + 1, G, D, DP, SPLITS)
         weight = tl.exp2(top - tl.max(top, 0))
         merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
         tl.store(out + g * D + d, merged.to(out.dtype.element_ty), mask=d < D)
-        if g + 1 < G:
-            if AHEAD:
-                top, total, acc = top_after, total_after, acc_after
-            else:
-                top, total, acc = _unmerged(partial, stats, head, live, g + 1, G, D, DP, SPLITS)
+        if AHEAD and g + 1 < G:
+            top, total, acc = top_after, total_after, acc_after
 
 
 @triton.jit
