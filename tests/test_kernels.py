@@ -41,6 +41,8 @@ SHAPES = [
     (4, 1, 24, 48, 64, 100, (1, 64, 300), True),
     (3, 3, 32, 64, 96, 77, (33, 129), False),
     (8, 1, 32, 64, 96, 77, (65, 300, 2, 127), True),
+    (20, 4, 16, 48, 1600, 100, (600,), False),
+    (4, 2, 24, 48, 64, 100, (200,), False),
 ]
 
 
@@ -75,8 +77,8 @@ def decoding(shape: Any, device: str) -> tuple[Model, KVPool, ForwardBatch, Samp
     generator = torch.Generator(device).manual_seed(0)
     pool = map_leaves(lambda t: t.normal_(generator=generator), pool)
     batch = decode_batch(
-        table, held, range(rows), [-i for i in range(rows)], size=rows + padded, listed=table.pages.shape[1],
-        device=device,
+        table, held, range(rows), [-i for i in range(rows)], size=rows + padded,
+        listed=table.pages_for(max(contexts) + STEPS), device=device,
     )  # fmt: skip
     return model, pool, batch, sampling_batch([Sampling()] * rows, size=rows + padded, device=device)
 

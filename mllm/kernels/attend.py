@@ -1,15 +1,17 @@
 """Decode attention in one kernel: QK norm, rotary embedding, KV write, and split-KV attention over pages.
 
 A program takes one key/value head of one row and one split of its context, so that keys and values are read once
-for the group of query heads that share them. The context is cut by its length, which only the device knows; the
-last split of a head to arrive merges the others'. Where there is one row, the first tokens of a split, which earlier
-steps wrote, are loaded before the program waits for the kernel before it (`kernels/pdl.py`).
+for the group of query heads that share them. The context is cut by its length, which only the device knows. Where there
+is one row, the first tokens of a split, which earlier steps wrote, are loaded before the program waits for the kernel
+before it (`kernels/pdl.py`), and the splits are left for the output projection to merge, which reads them all anyway
+(`kernels/linear.py`). With more rows the last split of a head to arrive merges the others'.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,17 +33,13 @@ class Split(NamedTuple):
 def split_for(rows: int, heads: int, kv_heads: int, tokens: int) -> Split:
     """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
 
-    One row is bound by latency: its splits' first tile is loaded before the wait, and merging takes as long as there
-    are heads in a group. More rows are bound by bandwidth: about a thousand programs of one warp, which have nobody to
-    wait for, with four tiles in flight each.
+    One row is bound by latency: its splits' first tile is loaded before the wait, and what they leave, which grows with
+    the number of heads, is read by every program that merges it. More rows are bound by bandwidth: about a thousand
+    programs of one warp, which have nobody to wait for, with four tiles in flight each.
     """
     if rows > 1:
         return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 4)
-    if tokens > 1024:
-        return Split(_cut(264 // kv_heads), 64, 4, 1)
-    if tokens <= 512 and heads >= 4 * kv_heads:
-        return Split(2, 128, 8, 1)
-    return Split(_cut((66 if tokens <= 512 else 132) // kv_heads), 32, 2, 1)
+    return Split(2 if tokens <= 512 else 16 if heads <= 16 else 8, 128, 8, 1)
 
 
 def _cut(wanted: int) -> int:
@@ -49,22 +47,37 @@ def _cut(wanted: int) -> int:
     return min(32, 1 << (max(wanted, 1).bit_length() - 1))
 
 
+class Unmerged(NamedTuple):
+    """What the splits of one row's context left: their results [splits A], and log2 of their softmax sums [splits H].
+
+    A split that had no tokens says so with a sum of 0; its results are not to be read.
+    """
+
+    parts: Tensor
+    sums: Tensor
+
+
+@state
+class Workspace(State):
+    """For merging: the splits' results f32 [B K splits G D], their maxima and sums [B K splits G 2], and how many of
+    them have arrived [B K], which is 0 between kernels, so that all layers share it."""
+
+    partial: Tensor
+    stats: Tensor
+    arrived: Tensor = tensor("B K")
+
+
 @state
 class DecodePlan(State):
-    """Computed once per step: rotary tables f32 [B D/2], the batch's bounds, and a workspace for the merge.
-
-    `partial` [B K splits G D] and `stats` [B K splits G 2] hold the splits' unmerged results; `arrived` [B K] counts
-    them and is 0 between kernels, so all layers share it.
-    """
+    """Computed once per step: rotary tables f32 [B D/2] and the batch's bounds. Without a `workspace` the splits are
+    handed on as `Unmerged`."""
 
     cos: Tensor
     sin: Tensor
     slots: Tensor = tensor("B")
     pages: Tensor = tensor("B N")
     lengths: Tensor = tensor("B")
-    partial: Tensor
-    stats: Tensor
-    arrived: Tensor = tensor("B K")
+    workspace: Workspace | None
     split: Split
 
 
@@ -101,45 +114,51 @@ def _tile(keys, values, pages, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: 
 
 
 @triton.jit
-def _unmerged(partial, stats, head, live, g, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-              SPLITS: tl.constexpr):  # fmt: skip
-    """(maxima, sums, results) of the splits of one query head. Read from L2, where the others wrote them."""
-    d = tl.arange(0, DP)
-    s = tl.arange(0, SPLITS)
-    at = (head * SPLITS + s) * G + g
-    top = tl.load(stats + at * 2, mask=s < live, other=-float("inf"), cache_modifier=".cg")
-    total = tl.load(stats + at * 2 + 1, mask=s < live, other=0.0, cache_modifier=".cg")
-    mask = (s < live)[:, None] & (d < D)[None, :]
-    return top, total, tl.load(partial + at[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
 def _merge(partial, stats, head, live, out, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-           SPLITS: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+           SPLITS: tl.constexpr):  # fmt: skip
     """out [G D]: the splits of a key/value head's query heads, weighted by their softmax sums.
 
-    AHEAD: those of a head are asked for before the one before it is summed up, at the price of registers.
+    Read from L2, where the other programs wrote them.
     """
     d = tl.arange(0, DP)
+    s = tl.arange(0, SPLITS)
     for g in tl.static_range(G):
-        if g == 0 or not AHEAD:
-            top, total, acc = _unmerged(partial, stats, head, live, g, G, D, DP, SPLITS)
-        if AHEAD and g + 1 < G:
-            top_after, total_after, acc_after = _unmerged(partial, stats, head, live, g + 1, G, D, DP, SPLITS)
+        at = (head * SPLITS + s) * G + g
+        top = tl.load(stats + at * 2, mask=s < live, other=-float("inf"), cache_modifier=".cg")
+        total = tl.load(stats + at * 2 + 1, mask=s < live, other=0.0, cache_modifier=".cg")
+        mask = (s < live)[:, None] & (d < D)[None, :]
+        acc = tl.load(partial + at[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         weight = tl.exp2(top - tl.max(top, 0))
         merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
         tl.store(out + g * D + d, merged.to(out.dtype.element_ty), mask=d < D)
-        if AHEAD and g + 1 < G:
-            top, total, acc = top_after, total_after, acc_after
+
+
+@triton.jit
+def merged(parts, sums, A: tl.constexpr, D: tl.constexpr, AP: tl.constexpr, SPLITS: tl.constexpr):
+    """`Unmerged` as one vector f32 [AP], zeros beyond A. D is a power of two."""
+    h = tl.arange(0, AP // D)
+    s = tl.arange(0, SPLITS)
+    d = tl.arange(0, D)
+    inside = (h < A // D)[:, None]
+    at = s[None, :] * (A // D) + h[:, None]  # heads first: a thread then has all splits of what it sums up
+    total = tl.load(sums + at, mask=inside, other=0.0)
+    acc = tl.load(parts + at[:, :, None] * D + d[None, None, :], mask=inside[:, :, None], other=0.0).to(tl.float32)
+    weight = tl.exp2(total - tl.max(total, 1)[:, None])
+    weight /= tl.sum(weight, 1)[:, None]
+    acc = tl.where(weight[:, :, None] > 0, acc, 0.0)  # not NaN, where nothing was written
+    return tl.reshape(tl.sum(acc * weight[:, :, None], 1), [AP])
 
 
 @triton.jit
 def attend_kernel(
     qkv, q_norm, k_norm, cos, sin, keys, values, slots, pages, lengths, partial, stats, arrived, out, N, scale, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, GP: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B H*D] from qkv [B (H + 2K)*D]; writes the new keys and values [P S K D] at `slots`."""
+    """out [B H*D] from qkv [B (H + 2K)*D]; writes the new keys and values [P S K D] at `slots`.
+
+    Without MERGE there is one row, and `out` and `stats` are the parts and sums of an `Unmerged`.
+    """
     G: tl.constexpr = H // K
     h = tl.program_id(0)
     split = tl.program_id(1)
@@ -162,7 +181,10 @@ def attend_kernel(
     wk = tl.load(k_norm + d, mask=d < D, other=0.0).to(tl.float32)
     wk_pair = tl.load(k_norm + swapped, mask=d < D, other=0.0).to(tl.float32)
     wait(PDL)
+    handed = (split * H + h * G) + g
     if split >= live:
+        if not MERGE:
+            tl.store(stats + handed, -float("inf"), mask=g < G)
         return
     # everything that the kernels before wrote is asked for at once: a trip to L2 takes as long as the arithmetic
     row = qkv + b * (H + 2 * K) * D
@@ -199,6 +221,10 @@ def attend_kernel(
             kt, vt = _tile(keys, values, pages, t + TILE, end, h, K, D, DP, S, TILE)
     head = b * K + h
     mask = (g < G)[:, None] & (d < D)[None, :]
+    if not MERGE:
+        tl.store(out + handed[:, None] * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        tl.store(stats + handed, top + tl.log2(total), mask=g < G)
+        return
     result = out + head * G * D
     if live == 1:
         tl.store(result + g[:, None] * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -209,25 +235,30 @@ def attend_kernel(
     tl.store(stats + mine * 2 + 1, total, mask=g < G)
     tl.debug_barrier()  # every store of this program comes before its arrival
     if tl.atomic_add(arrived + head, 1, sem="acq_rel") == live - 1:
-        _merge(partial, stats, head, live, result, G, D, DP, SPLITS, STAGES == 1)
+        _merge(partial, stats, head, live, result, G, D, DP, SPLITS)
         tl.store(arrived + head, 0)
 
 
 def attend_(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: DecodePlan, keys: Tensor, values: Tensor, *, eps: float,
     pdl: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor | Unmerged:  # fmt: skip
     """As `reference.attend_`, one token a row."""
     rows, width = qkv.shape
     page_size, kv_heads, size = keys.shape[1:]
     heads = width // size - 2 * kv_heads
-    out = qkv.new_empty(rows, heads * size)
-    split = plan.split
+    split, workspace = plan.split, plan.workspace
+    if workspace is None:
+        out = qkv.new_empty(split.splits, heads * size)
+        partial = arrived = stats = qkv.new_empty(split.splits, heads, dtype=torch.float32)
+    else:
+        out = qkv.new_empty(rows, heads * size)
+        partial, stats, arrived = workspace.partial, workspace.stats, workspace.arrived
     attend_kernel[(kv_heads, split.splits, rows)](
-        qkv, q_norm, k_norm, plan.cos, plan.sin, keys, values, plan.slots, plan.pages, plan.lengths, plan.partial,
-        plan.stats, plan.arrived, out, plan.pages.shape[1], size**-0.5 * LOG2E, eps,
+        qkv, q_norm, k_norm, plan.cos, plan.sin, keys, values, plan.slots, plan.pages, plan.lengths, partial, stats,
+        arrived, out, plan.pages.shape[1], size**-0.5 * LOG2E, eps,
         H=heads, K=kv_heads, D=size, DP=max(16, triton.next_power_of_2(size)), S=page_size,
         GP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=split.splits, TILE=split.tile,
-        STAGES=split.stages, num_warps=split.warps, **options(pdl),
+        STAGES=split.stages, MERGE=workspace is not None, num_warps=split.warps, **options(pdl),
     )  # fmt: skip
-    return out
+    return Unmerged(out, stats) if workspace is None else out

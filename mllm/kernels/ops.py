@@ -18,6 +18,7 @@ NOT_FINITE = -1
 """The token that `sample` gives a row whose logits hold a NaN or an infinity."""
 
 Stream = Any  # the residual stream in a table's own form; the ops that read all of it hand it back, for the next to use
+Heads = Any  # what attention hands to the product after it: [T A], or a table's own form of it
 Plan = Any  # what a table computes once per forward pass and uses in every layer; its own business
 
 
@@ -29,9 +30,7 @@ class Ops:
     embed: Callable[[Tensor, Tensor], Stream]  # tokens [T], table [V E] -> [T E]
     plan: Callable[..., Plan]  # batch, config -> rotary tables and what attention needs
     norm_linear: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [C E], eps -> x, [T C]
-    attend_: Callable[
-        ..., Tensor
-    ]  # qkv [T C], q_norm, k_norm, plan, keys, values [P S K D], eps -> [T A]; keys, values
+    attend_: Callable[..., Heads]  # qkv [T C], q_norm, k_norm, plan, keys, values [P S K D], eps -> heads; keys, values
     linear_add: Callable[..., Stream]  # y, weight, x -> x + y @ weight.T
     norm_gate: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [G E], eps -> x, silu(gate) * up [T F]
     head: Callable[..., Tensor]  # x, last [Q], norm, weight [V E], eps -> logits f32 [Q V] of the positions `last`

@@ -25,6 +25,14 @@ def wait(PDL: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def prefetch(at):
+    """Ask for the lines of memory at the addresses `at`, which must be valid, into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 FUSED = {"enable_fp_fusion": True}
 """A launch argument of every kernel: Triton 3.10 turns multiply-add off unless it is asked for."""
 

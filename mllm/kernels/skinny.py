@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.errors import ShapeError
-from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.pdl import launch_dependents, options, prefetch, wait
 
 
 class Tile(NamedTuple):
@@ -53,8 +53,11 @@ def skinny_kernel(x, w, y, B, N, K: tl.constexpr, KS: tl.constexpr, BN: tl.const
     n = first + n % OUT + n // OUT * N
     k = tl.arange(0, BK)
     b = tl.arange(0, BP)
-    rows = n.to(tl.int64)[:, None] * K
+    rows = tl.where(inside, n, 0).to(tl.int64)[:, None] * K
     acc = tl.zeros([BN, BP], tl.float32)
+    if PDL and EVEN:  # one tile and no more: all that is asked for early makes the kernel before it wait
+        LINE: tl.constexpr = 128 // (w.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch(w + rows + part * KS + tl.arange(0, BK // LINE)[None, :] * LINE)
     wait(PDL)
     for start in tl.range(part * KS, part * KS + KS, BK, num_stages=STAGES):
         at = start + k
