@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -50,9 +51,10 @@ def decode(model: str, rows: int, *, wide: bool) -> None:
 
 
 def prompt(model: str, tokens: int, *, wide: bool) -> None:
-    """Every op of the prompt table once."""
+    """Every op of the prompt table once, for one row and for some."""
     ops = cuda.prompt_ops(tokens, wide=wide)
-    forward(model, ops, tokens, 4)
+    for rows in (1, 4):
+        forward(model, ops, tokens, rows)
     x, at = empty(tokens, 2048), empty(16, dtype=torch.int64)
     ops.put_(x, at, empty(16, 2048))
     ops.add_(x, at, empty(16, 2048))
@@ -92,10 +94,13 @@ def vision(model: str, count: int, *, wide: bool) -> None:
         patches=pixels, coords=empty(4, count, dtype=torch.int32), indptr=empty(3, dtype=torch.int32),
         at=empty(count // 4, dtype=torch.int64), mean=(0.5,) * 3, std=(0.5,) * 3,
     )  # fmt: skip
-    plan = ops.vision_plan(batch, config=config.vision)
+    one = attrs.evolve(batch, indptr=empty(2, dtype=torch.int32))  # type: ignore[misc]
+    plans = [ops.vision_plan(b, config=config.vision) for b in (one, batch)]
     x, w = ops.patch_embed(batch, weights, config=config.vision), weights.blocks[0]
     x, qkv = ops.layer_norm_linear(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias)
-    x = ops.linear_bias_add(ops.attend_images(qkv, plan), w.out, w.out_bias, x)
+    for plan in plans:
+        y = ops.attend_images(qkv, plan)
+    x = ops.linear_bias_add(y, w.out, w.out_bias, x)
     x, g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
     x = ops.linear_bias_add(g, w.down, w.down_bias, x)
     for merger in (weights.merger, weights.taps[0]):

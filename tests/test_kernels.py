@@ -20,12 +20,14 @@ import mllm
 from mllm import stages
 from mllm.batch import ForwardBatch, SamplingBatch, decode_batch
 from mllm.cache import KVPool
+from mllm.kernels import reference_vision
 from mllm.kernels.ops import NOT_FINITE, Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.model import Model
 from mllm.sampling import Sampling, sampling_batch
 from mllm.state import clone, leaves, map_leaves
 from mllm.table import RequestTable
+from mllm.weights import Merger, TapMerger
 
 triton = pytest.importorskip("triton")
 
@@ -151,11 +153,14 @@ def test_rotary_tables_hold_at_long_positions(position: int, device: str, ops: f
         assert float((got - want.squeeze(1)).abs().max()) < 2e-6
 
 
+@pytest.mark.parametrize("bounds", [[0, 70, 70, 101], [0, 64], [0, 70]], ids=str)
 @pytest.mark.parametrize("size", [16, 40, 72, 112, 128])
-def test_attention_takes_heads_of_any_size(size: int, device: str, ops: functools.partial[Ops]) -> None:
+def test_attention_takes_heads_of_any_size(
+    size: int, bounds: list[int], device: str, ops: functools.partial[Ops]
+) -> None:
     from mllm.kernels import flash
 
-    bounds, heads = [0, 70, 70, 101], 3
+    heads = 3
     generator = torch.Generator().manual_seed(size)
     q, k, v = torch.randn(3, bounds[-1], heads, size, generator=generator).to(device)
     indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -164,6 +169,39 @@ def test_attention_takes_heads_of_any_size(size: int, device: str, ops: functool
         scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), k[a:b].double()) * size**-0.5
         want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b].double()).flatten(1)
         assert a == b or error(got[a:b], want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "free"),  # of each row its queries and its tokens; queries that pad the batch
+    [([(64, 64)], 0), ([(150, 150)], 10), ([(100, 230)], 0), ([(1, 1)], 15), ([(70, 70), (5, 90), (33, 33)], 20)],
+    ids=str,
+)
+def test_prompts_attend_to_what_is_before_them(
+    rows: list[tuple[int, int]], free: int, device: str, ops: functools.partial[Ops]
+) -> None:
+    from mllm.kernels import flash
+
+    heads, kv_heads, size, listed = 4, 2, 40, 5
+    generator = torch.Generator().manual_seed(free)
+    ends = list(itertools.accumulate([n for n, _ in rows], initial=0))
+    q = torch.randn(ends[-1] + free, heads, size, generator=generator)
+    keys, values = torch.randn(2, 1 + len(rows) * listed, PAGE, kv_heads, size, generator=generator)
+    pages = 1 + torch.randperm(len(rows) * listed, generator=generator, dtype=torch.int32).view(-1, listed)
+    for used, (_, length) in zip(pages, rows, strict=True):  # what lies beyond a row's end may be anything
+        spare = used[(length - 1) // PAGE :].long()
+        for pool in (keys, values):
+            pool[spare[1:]] = torch.nan
+            pool[spare[0], (length - 1) % PAGE + 1 :] = torch.nan
+    indptr, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, [n for _, n in rows]))
+    scaled = (q * size**-0.5 * flash.LOG2E).to(device)
+    tile = flash.tile_for(len(q), size, wide=False)
+    got = flash.prompts(scaled, keys.to(device), values.to(device), indptr, lengths, pages.to(device), tile=tile).cpu()
+    for a, used, (count, length) in zip(ends, pages, rows, strict=False):
+        k, v = (x[used.long()].flatten(0, 1)[:length].repeat_interleave(2, 1).double() for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", q[a : a + count].double(), k) * size**-0.5
+        hidden = torch.ones(count, length, dtype=torch.bool).triu(length - count + 1)
+        want = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
+        assert error(got[a : a + count], want) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(5, 96, 48), (130, 2048, 200), (256, 4096, 64), (3, 1088, 40)], ids=str)
@@ -175,6 +213,30 @@ def test_the_parts_of_a_product_add_up_to_it(shape: tuple[int, int, int], device
     parts = split_linear(y.to(device), weight.to(device))
     assert (len(parts) > 1) == (inputs >= 1024)
     assert error(parts.sum(0), y.to(device).double() @ weight.to(device).double().T) < 1e-5
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_merger_takes_a_stream_to_which_a_product_is_to_be_added(
+    each: bool, device: str, ops: functools.partial[Ops]
+) -> None:
+    from mllm.kernels import cuda_vision
+    from mllm.kernels.norm import Pending
+
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    width, joined, out = 80, 320, 96
+    bias = noise(width)
+    x = Pending(noise(24, width), noise(3, 24, width), bias)
+    norm = width if each else joined
+    merger = (Merger if each else TapMerger)(
+        norm=noise(norm), norm_bias=noise(norm), up=noise(joined, joined) / 18, up_bias=noise(joined),
+        down=noise(out, joined) / 18, down_bias=noise(out),
+    )  # fmt: skip
+    want = reference_vision.merge(x.x + x.parts.sum(0) + bias, merger)
+    assert error(cuda_vision.merge(x, merger), want) < 1e-5
 
 
 @pytest.mark.cuda

@@ -28,17 +28,28 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _locate(indptr, tile, B, BP: tl.constexpr, BM: tl.constexpr):
-    """(row, first query of the tile in the row, tiles in all): tiles are numbered row after row."""
-    rows = tl.arange(0, BP)
-    first = tl.load(indptr + rows, mask=rows < B, other=0)
-    tiles = tl.cdiv(tl.load(indptr + rows + 1, mask=rows < B, other=0) - first, BM)
-    upto = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
-    at = total - 1 - tile
-    row = tl.sum((upto <= at).to(tl.int32), 0)
-    before = tl.sum(tl.where(rows < row, tiles, 0), 0)
-    return row, (at - before) * BM, total
+def _locate(indptr, B, BP: tl.constexpr, BM: tl.constexpr, ONE: tl.constexpr):
+    """(row, its first query, its queries, the first one of this program's tile in the row): a tile for each program.
+
+    Tiles are numbered row after row. A program for which there is none gets one that begins at the row's end or beyond.
+    ONE: there is one row, so only the number of its queries is to be loaded.
+    """
+    if ONE:
+        row = 0
+        start = 0
+        count = tl.load(indptr + 1)
+        m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
+    else:
+        rows = tl.arange(0, BP)
+        first = tl.load(indptr + rows, mask=rows < B, other=0)
+        tiles = tl.cdiv(tl.load(indptr + rows + 1, mask=rows < B, other=0) - first, BM)
+        upto = tl.cumsum(tiles, 0)
+        at = tl.sum(tiles, 0) - 1 - tl.program_id(1)
+        row = tl.sum((upto <= at).to(tl.int32), 0)
+        start = tl.load(indptr + row)
+        count = tl.load(indptr + row + 1) - start
+        m0 = tl.where(at < 0, count, (at - tl.sum(tl.where(rows < row, tiles, 0), 0)) * BM)
+    return row, start, count, m0
 
 
 @triton.jit
@@ -52,21 +63,20 @@ def _columns(base, rows, inside, FIRST: tl.constexpr, W: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def _tokens(pages, t, end, S: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr):
-    """(where BN tokens from t on lie in the pool, whether they are before `end`)."""
+def _slots(pages, t, N, S: tl.constexpr, BN: tl.constexpr):
+    """Where BN tokens from t on lie in the pool. Those beyond the N pages lie in the first, so no length is needed."""
     token = t + tl.arange(0, BN)
-    at = token
-    if PAGED:
-        at = tl.load(pages + token // S, mask=token < end, other=0) * S + token % S
-    return at.to(tl.int64), token < end
+    return (tl.load(pages + token // S, mask=token < N * S, other=0) * S + token % S).to(tl.int64)
 
 
 @triton.jit
 def _attend(
-    q, q_rest, keys, values, at, inside, top, total, acc, acc_rest, visible, KS: tl.constexpr, VS: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
+    q, q_rest, keys, values, at, t, end, place, top, total, acc, acc_rest, KS: tl.constexpr, VS: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the running maximum, sum and result of an online softmax."""
+    """The tile of keys from t on, which lie `at`: the running maximum, sum and result of an online softmax."""
+    token = t + tl.arange(0, BN)
+    inside = token < end
     k = _columns(keys, at * KS, inside, 0, W, D, MASKED)
     v = _columns(values, at * VS, inside, 0, W, D, MASKED)
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -75,6 +85,9 @@ def _attend(
         v_rest = _columns(values, at * VS, inside, W, REST, D, MASKED)
         score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision="ieee")
     if MASKED:
+        visible = inside[None, :]
+        if CAUSAL:
+            visible &= token[None, :] <= place[:, None]
         score = tl.where(visible, score, -float("inf"))
     new = tl.maximum(top, tl.max(score, 1))
     p = tl.exp2(score - new[:, None])
@@ -88,23 +101,56 @@ def _attend(
 
 
 @triton.jit
+def _keys(
+    q, q_rest, keys, values, pages, end, place, N, KS: tl.constexpr, VS: tl.constexpr, D: tl.constexpr,
+    W: tl.constexpr, REST: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Sum and result of the softmax of the queries at `place` [BM] over the keys before `end`.
+
+    Those of a prompt are masked one and all: a loop of its own for the last ones would begin with empty hands. Their
+    pages are looked up a tile ahead, or the loads of keys would wait for them and not be in flight.
+    """
+    top = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, W], tl.float32)
+    acc_rest = tl.zeros([BM, REST], tl.float32) if REST > 0 else total
+    whole = 0
+    if PAGED:
+        ahead = _slots(pages, 0, N, S, BN)
+    else:
+        whole = end // BN * BN
+        for t in tl.range(0, whole, BN):
+            top, total, acc, acc_rest = _attend(
+                q, q_rest, keys, values, (t + tl.arange(0, BN)).to(tl.int64), t, end, place, top, total, acc, acc_rest,
+                KS, VS, D, W, REST, BN, False, False,
+            )  # fmt: skip
+    for t in tl.range(whole, end, BN):
+        if PAGED:
+            at = ahead
+            ahead = _slots(pages, t + BN, N, S, BN)
+        else:
+            at = (t + tl.arange(0, BN)).to(tl.int64)
+        top, total, acc, acc_rest = _attend(
+            q, q_rest, keys, values, at, t, end, place, top, total, acc, acc_rest, KS, VS, D, W, REST, BN, True, PAGED
+        )
+    return total, acc, acc_rest
+
+
+@triton.jit
 def flash_kernel(
-    q, keys, values, out, indptr, lengths, pages, B, N,
+    q, keys, values, out, indptr, lengths, pages, B, N, T,
     QS: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    REST: tl.constexpr, S: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PAGED: tl.constexpr, CAUSAL: tl.constexpr,
+    REST: tl.constexpr, S: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """out [T H*D] of q [T H D], already times the scale; row b has queries indptr[b] to indptr[b + 1].
 
-    PAGED: they are the last of the lengths[b] tokens whose keys and values lie in pages[b]. Else they attend to
-    their own row of keys and values. A head is taken in W columns and, where D is more, REST beside them.
+    PAGED: they are the last of the lengths[b] tokens whose keys and values lie in pages[b], and attend to those before
+    them. Else they attend to their own row of keys and values. ONE: there is one row. A head is taken in W columns and,
+    where D is more, REST beside them.
     """
     h = tl.program_id(0)
-    b, m0, tiles = _locate(indptr, tl.program_id(1), B, BP, BM)
-    if tl.program_id(1) >= tiles:
-        return
-    start = tl.load(indptr + b)
-    count = tl.load(indptr + b + 1) - start
+    b, start, count, m0 = _locate(indptr, B, BP, BM, ONE)
     length = count
     keys += (h // G) * D
     values += (h // G) * D
@@ -112,39 +158,19 @@ def flash_kernel(
         length = tl.load(lengths + b)
         pages += b * N
     else:
-        keys += start.to(tl.int64) * KS
-        values += start.to(tl.int64) * VS
+        keys += tl.cast(start, tl.int64) * KS
+        values += tl.cast(start, tl.int64) * VS
     m = m0 + tl.arange(0, BM)
     live = m < count
+    given = m < T if ONE else live  # of one row also what pads the batch: it is loaded while the count is
     rows = (start + m).to(tl.int64)
-    place = length - count + m  # in the row's context
-    end = length
-    whole = length // BN * BN  # keys up to here need no mask
-    if CAUSAL:
-        end = tl.minimum(length, length - count + m0 + BM)
-        whole = (length - count + m0 + 1) // BN * BN
-    tile = _columns(q + h * D, rows * QS, live, 0, W, D, True)
-    tile_rest = tile
-    top = tl.full([BM], -float("inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, W], tl.float32)
-    acc_rest = total
-    if REST > 0:
-        tile_rest = _columns(q + h * D, rows * QS, live, W, REST, D, True)
-        acc_rest = tl.zeros([BM, REST], tl.float32)
-    for t in tl.range(0, whole, BN, num_stages=STAGES):
-        at, inside = _tokens(pages, t, end, S, BN, PAGED)
-        top, total, acc, acc_rest = _attend(
-            tile, tile_rest, keys, values, at, inside, top, total, acc, acc_rest, True, KS, VS, D, W, REST, False
-        )
-    for t in tl.range(whole, end, BN):
-        at, inside = _tokens(pages, t, end, S, BN, PAGED)
-        visible = inside[None, :]
-        if CAUSAL:
-            visible &= (t + tl.arange(0, BN))[None, :] <= place[:, None]
-        top, total, acc, acc_rest = _attend(
-            tile, tile_rest, keys, values, at, inside, top, total, acc, acc_rest, visible, KS, VS, D, W, REST, True
-        )
+    tile = _columns(q + h * D, rows * QS, given, 0, W, D, True)
+    tile_rest = _columns(q + h * D, rows * QS, given, W, REST, D, True) if REST > 0 else tile
+    length = tl.where(m0 < count, length, 0)  # a program without a tile goes over no keys: to return, it had to wait
+    end = tl.minimum(length, length - count + m0 + BM) if PAGED else length
+    total, acc, acc_rest = _keys(
+        tile, tile_rest, keys, values, pages, end, length - count + m, N, KS, VS, D, W, REST, S, BM, BN, PAGED
+    )
     d = tl.arange(0, W)
     result = out + (rows * tl.num_programs(0) * D + h * D)[:, None]
     acc /= total[:, None]
@@ -168,15 +194,16 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     tokens, heads, size = q.shape
     rows = len(indptr) - 1
+    one = rows == 1
     stages = max(1, tile.stages * 2 // q.element_size())  # measured for 16 bits; float32 takes twice the room
     out = q.new_empty(tokens, heads * size)
     main, rest = _width(size)
-    grid = (heads, triton.cdiv(tokens, tile.queries) + rows)  # each row's last tile may be a part of one
-    flash_kernel[grid](
-        q, keys, values, out, indptr, lengths, pages, rows, pages.shape[-1],
+    tiles = triton.cdiv(tokens, tile.queries) + (0 if one else rows)  # each row's last tile may be a part of one
+    flash_kernel[(heads, tiles)](
+        q, keys, values, out, indptr, lengths, pages, rows, pages.shape[-1], tokens,
         QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, W=main, REST=rest, S=page_size,
-        BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, STAGES=stages, PAGED=paged, CAUSAL=paged,
-        num_warps=tile.warps, **FUSED,
+        BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, PAGED=paged, ONE=one,
+        num_warps=tile.warps, num_stages=stages, **FUSED,
     )  # fmt: skip
     return out
 
