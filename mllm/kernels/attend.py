@@ -16,13 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mllm.kernels.flash import LOG2E
+from mllm.kernels.flash import LOG2E, slots_of
 from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.state import State, state, tensor
 
 
 class Split(NamedTuple):
-    """How a context is shared out: splits of it, tokens that a program loads at a time, warps, tiles in flight."""
+    """How a context is shared out: splits of it, tokens that a program loads at a time, warps, stages of its pipeline.
+
+    With one stage the first tile is loaded before the wait, and held in registers.
+    """
 
     splits: int
     tile: int
@@ -35,10 +38,10 @@ def split_for(rows: int, heads: int, kv_heads: int, tokens: int) -> Split:
 
     One row is bound by latency: its splits' first tile is loaded before the wait, and what they leave, which grows with
     the number of heads, is read by every program that merges it. More rows are bound by bandwidth: about a thousand
-    programs of one warp, which have nobody to wait for, with four tiles in flight each.
+    programs of one warp, which have nobody to wait for.
     """
     if rows > 1:
-        return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 4)
+        return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 2)
     return Split(2 if tokens <= 512 else 16 if heads <= 16 else 8, 128, 8, 1)
 
 
@@ -99,17 +102,11 @@ def _norm_rotate(x, pair, w, w_pair, c, s, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _tile(keys, values, pages, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr,
-          TILE: tl.constexpr):  # fmt: skip
-    """Keys and values [TILE DP] of tokens from t of one head; zeros from `end` on."""
+def _tile(keys, values, at, t, end, h, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr):
+    """Keys and values [TILE DP] of one head of tokens from t on, which lie `at`; zeros from `end` on."""
     d = tl.arange(0, DP)
-    token = t + tl.arange(0, TILE)
-    if TILE <= S:  # within one page
-        page = tl.load(pages + t // S, mask=t < end, other=0).to(tl.int64)
-    else:
-        page = tl.load(pages + token // S, mask=token < end, other=0).to(tl.int64)
-    at = ((page * S + token % S) * K + h)[:, None] * D + d[None, :]
-    mask = (token < end)[:, None] & (d < D)[None, :]
+    mask = (t + tl.arange(0, TILE) < end)[:, None] & (d < D)[None, :]
+    at = (at * K + h)[:, None] * D + d[None, :]
     return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
 
 
@@ -170,8 +167,9 @@ def attend_kernel(
     begin = split * chunk
     end = tl.minimum(begin + chunk, past)
     pages += b * N
+    at = slots_of(pages, begin, N, S, TILE)
     if STAGES == 1:
-        kt, vt = _tile(keys, values, pages, begin, end, h, K, D, DP, S, TILE)
+        kt, vt = _tile(keys, values, at, begin, end, h, K, D, DP, TILE)
     d = tl.arange(0, DP)
     g = tl.arange(0, GP)
     one = tl.arange(0, 1)
@@ -205,9 +203,11 @@ def attend_kernel(
         top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         total += 1.0
         acc += v.to(tl.float32)[None, :]
-    for t in tl.range(begin, end, TILE, num_stages=STAGES):
+    for t in tl.range(begin, end, TILE):
+        after = slots_of(pages, t + TILE, N, S, TILE)  # a tile ahead, or the loads of keys would wait for it
         if STAGES > 1:
-            kt, vt = _tile(keys, values, pages, t, end, h, K, D, DP, S, TILE)
+            kt, vt = _tile(keys, values, at, t, end, h, K, D, DP, TILE)
+            at = after
         inside = (t + tl.arange(0, TILE)) < end
         score = tl.dot(q, tl.trans(kt), input_precision="ieee")
         score = tl.where(inside[None, :], score, -float("inf"))
@@ -218,7 +218,7 @@ def attend_kernel(
         acc = tl.dot(p.to(vt.dtype), vt, acc * fade[:, None], input_precision="ieee")
         top = new
         if STAGES == 1:
-            kt, vt = _tile(keys, values, pages, t + TILE, end, h, K, D, DP, S, TILE)
+            kt, vt = _tile(keys, values, after, t + TILE, end, h, K, D, DP, TILE)
     head = b * K + h
     mask = (g < G)[:, None] & (d < D)[None, :]
     if not MERGE:
@@ -259,6 +259,7 @@ def attend_(
         arrived, out, plan.pages.shape[1], size**-0.5 * LOG2E, eps,
         H=heads, K=kv_heads, D=size, DP=max(16, triton.next_power_of_2(size)), S=page_size,
         GP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=split.splits, TILE=split.tile,
-        STAGES=split.stages, MERGE=workspace is not None, num_warps=split.warps, **options(pdl),
+        STAGES=split.stages, MERGE=workspace is not None, num_warps=split.warps, num_stages=split.stages,
+        **options(pdl),
     )  # fmt: skip
     return Unmerged(out, stats) if workspace is None else out

@@ -118,7 +118,7 @@ def _decode_plan(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     split = attend.split_for(rows, heads, kv_heads, batch.pages.shape[1] * page_size)
     workspace = None
-    if rows > 1 or config.head_dim & (config.head_dim - 1):
+    if split.stages > 1 or config.head_dim & (config.head_dim - 1):
         shape = rows, kv_heads, split.splits, heads // kv_heads
         workspace = attend.Workspace(
             partial=torch.empty(*shape, config.head_dim, dtype=torch.float32, device=device),

@@ -63,7 +63,7 @@ def _columns(base, rows, inside, FIRST: tl.constexpr, W: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def _slots(pages, t, N, S: tl.constexpr, BN: tl.constexpr):
+def slots_of(pages, t, N, S: tl.constexpr, BN: tl.constexpr):
     """Where BN tokens from t on lie in the pool. Those beyond the N pages lie in the first, so no length is needed."""
     token = t + tl.arange(0, BN)
     return (tl.load(pages + token // S, mask=token < N * S, other=0) * S + token % S).to(tl.int64)
@@ -116,7 +116,7 @@ def _keys(
     acc_rest = tl.zeros([BM, REST], tl.float32) if REST > 0 else total
     whole = 0
     if PAGED:
-        ahead = _slots(pages, 0, N, S, BN)
+        ahead = slots_of(pages, 0, N, S, BN)
     else:
         whole = end // BN * BN
         for t in tl.range(0, whole, BN):
@@ -127,7 +127,7 @@ def _keys(
     for t in tl.range(whole, end, BN):
         if PAGED:
             at = ahead
-            ahead = _slots(pages, t + BN, N, S, BN)
+            ahead = slots_of(pages, t + BN, N, S, BN)
         else:
             at = (t + tl.arange(0, BN)).to(tl.int64)
         top, total, acc, acc_rest = _attend(
