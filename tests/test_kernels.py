@@ -109,6 +109,22 @@ def test_a_decode_step_equals_the_reference(shape: Any, device: str, ops: functo
         assert torch.equal(getattr(batch_a, name)[..., :rows], getattr(batch_b, name)[..., :rows]), name
 
 
+def test_the_splits_of_a_long_row_are_merged_where_they_are_made(
+    device: str, ops: functools.partial[Ops], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mllm.kernels import attend
+
+    long = attend.split_for(1, 16, 8, 2**15)
+    assert long.stages > 1
+    monkeypatch.setattr(attend, "split_for", lambda *_: long)
+    model, pool, batch, _ = decoding(SHAPES[2], device)
+    expected, got = (
+        stages.decode(model.weights, clone(pool), batch, config=model.config, ops=table)[1]
+        for table in (REFERENCE, ops(1))
+    )
+    assert error(got, expected) < 1e-5
+
+
 def test_a_padding_row_writes_to_the_sink_alone(device: str, ops: functools.partial[Ops]) -> None:
     model, pool, batch, sampling = decoding(SHAPES[4], device)
     pages = set(batch.pages[:3].flatten().tolist()) - {0}

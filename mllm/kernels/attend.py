@@ -37,12 +37,16 @@ def split_for(rows: int, heads: int, kv_heads: int, tokens: int) -> Split:
     """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
 
     One row is bound by latency: its splits' first tile is loaded before the wait, and what they leave, which grows with
-    the number of heads, is read by every program that merges it. More rows are bound by bandwidth: about a thousand
-    programs of one warp, which have nobody to wait for.
+    the number of heads, is read by every program that merges it. Long contexts and more rows are bound by bandwidth:
+    many programs of one or two warps, which have hardly anybody to wait for.
     """
     if rows > 1:
         return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 2)
-    return Split(2 if tokens <= 512 else 16 if heads <= 16 else 8, 128, 8, 1)
+    if tokens > 12288:
+        return Split(64, 64, 2, 2)
+    if tokens <= 512:
+        return Split(2, 128, 8, 1)
+    return Split(16 if heads <= 16 or tokens > 6144 else 8, 128, 8, 1)
 
 
 def _cut(wanted: int) -> int:
