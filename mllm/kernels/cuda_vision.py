@@ -87,7 +87,7 @@ def attend_images(qkv: Tensor, plan: VisionPlan, *, wide: bool) -> Tensor:
     size = v.shape[2]
     if not plan.spans:
         q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads, scale=size**-0.5 * flash.LOG2E)
-        return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(len(q), size, wide=wide))
+        return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(len(q), size, wide=wide), boxed=wide)
     q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads)
     parts = []
     with sdpa_kernel(BACKENDS, set_priority=True):

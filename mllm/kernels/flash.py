@@ -7,11 +7,12 @@ that have the most keys come first.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mllm.kernels.pdl import FUSED
 
@@ -70,24 +71,28 @@ def slots_of(pages, t, N, S: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    q, q_rest, keys, values, at, t, end, place, top, total, acc, acc_rest, KS: tl.constexpr, VS: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """The tile of keys from t on, which lie `at`: the running maximum, sum and result of an online softmax."""
-    token = t + tl.arange(0, BN)
-    inside = token < end
+def _load(keys, values, at, inside, KS: tl.constexpr, VS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+          REST: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """(keys, values, and their columns beyond W) of the tokens that lie `at`; zeros outside where MASKED."""
     k = _columns(keys, at * KS, inside, 0, W, D, MASKED)
     v = _columns(values, at * VS, inside, 0, W, D, MASKED)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    k_rest, v_rest = k, v
     if REST > 0:
         k_rest = _columns(keys, at * KS, inside, W, REST, D, MASKED)
         v_rest = _columns(values, at * VS, inside, W, REST, D, MASKED)
+    return k, v, k_rest, v_rest
+
+
+@triton.jit
+def _attend(
+    q, q_rest, tile, visible, top, total, acc, acc_rest, REST: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys and values: the running maximum, sum and result of an online softmax."""
+    k, v, k_rest, v_rest = tile
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if REST > 0:
         score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision="ieee")
     if MASKED:
-        visible = inside[None, :]
-        if CAUSAL:
-            visible &= token[None, :] <= place[:, None]
         score = tl.where(visible, score, -float("inf"))
     new = tl.maximum(top, tl.max(score, 1))
     p = tl.exp2(score - new[:, None])
@@ -102,8 +107,9 @@ def _attend(
 
 @triton.jit
 def _keys(
-    q, q_rest, keys, values, pages, end, place, N, KS: tl.constexpr, VS: tl.constexpr, D: tl.constexpr,
-    W: tl.constexpr, REST: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr,
+    q, q_rest, keys, values, boxes, row, column, pages, end, place, N, KS: tl.constexpr, VS: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PAGED: tl.constexpr, BOXED: tl.constexpr,
 ):  # fmt: skip
     """Sum and result of the softmax of the queries at `place` [BM] over the keys before `end`.
 
@@ -120,34 +126,40 @@ def _keys(
     else:
         whole = end // BN * BN
         for t in tl.range(0, whole, BN):
-            top, total, acc, acc_rest = _attend(
-                q, q_rest, keys, values, (t + tl.arange(0, BN)).to(tl.int64), t, end, place, top, total, acc, acc_rest,
-                KS, VS, D, W, REST, BN, False, False,
-            )  # fmt: skip
+            token = t + tl.arange(0, BN)
+            if BOXED:
+                k_box, v_box, k_rest_box, v_rest_box = boxes
+                tile = (k_box.load([row + t, column]), v_box.load([row + t, column]),
+                        k_rest_box.load([row + t, column + W]), v_rest_box.load([row + t, column + W]))  # fmt: skip
+            else:
+                tile = _load(keys, values, token.to(tl.int64), token < end, KS, VS, D, W, REST, False)
+            top, total, acc, acc_rest = _attend(q, q_rest, tile, True, top, total, acc, acc_rest, REST, False)
     for t in tl.range(whole, end, BN):
+        token = t + tl.arange(0, BN)
+        visible = (token < end)[None, :]
+        at = token.to(tl.int64)
         if PAGED:
             at = ahead
             ahead = slots_of(pages, t + BN, N, S, BN)
-        else:
-            at = (t + tl.arange(0, BN)).to(tl.int64)
-        top, total, acc, acc_rest = _attend(
-            q, q_rest, keys, values, at, t, end, place, top, total, acc, acc_rest, KS, VS, D, W, REST, BN, True, PAGED
-        )
+            visible &= token[None, :] <= place[:, None]
+        tile = _load(keys, values, at, token < end, KS, VS, D, W, REST, True)
+        top, total, acc, acc_rest = _attend(q, q_rest, tile, visible, top, total, acc, acc_rest, REST, True)
     return total, acc, acc_rest
 
 
 @triton.jit
 def flash_kernel(
-    q, keys, values, out, indptr, lengths, pages, B, N, T,
+    q, keys, values, k_box, v_box, k_rest_box, v_rest_box, out, indptr, lengths, pages, B, N, T,
     QS: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     REST: tl.constexpr, S: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr,
-    ONE: tl.constexpr,
+    ONE: tl.constexpr, BOXED: tl.constexpr,
 ):  # fmt: skip
     """out [T H*D] of q [T H D], already times the scale; row b has queries indptr[b] to indptr[b + 1].
 
     PAGED: they are the last of the lengths[b] tokens whose keys and values lie in pages[b], and attend to those before
     them. Else they attend to their own row of keys and values. ONE: there is one row. A head is taken in W columns and,
-    where D is more, REST beside them.
+    where D is more, REST beside them. BOXED: whole tiles of those are copied by the descriptors of the tensors; what
+    they hold beyond D is of the next head, and is met by zeros of q.
     """
     h = tl.program_id(0)
     b, start, count, m0 = _locate(indptr, B, BP, BM, ONE)
@@ -169,8 +181,9 @@ def flash_kernel(
     length = tl.where(m0 < count, length, 0)  # a program without a tile goes over no keys: to return, it had to wait
     end = tl.minimum(length, length - count + m0 + BM) if PAGED else length
     total, acc, acc_rest = _keys(
-        tile, tile_rest, keys, values, pages, end, length - count + m, N, KS, VS, D, W, REST, S, BM, BN, PAGED
-    )
+        tile, tile_rest, keys, values, (k_box, v_box, k_rest_box, v_rest_box), start, h * D, pages, end,
+        length - count + m, N, KS, VS, D, W, REST, S, BM, BN, PAGED, BOXED,
+    )  # fmt: skip
     d = tl.arange(0, W)
     result = out + (rows * tl.num_programs(0) * D + h * D)[:, None]
     acc /= total[:, None]
@@ -190,7 +203,7 @@ def _width(size: int) -> tuple[int, int]:
 
 def _launch(
     q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *,
-    strides: tuple[int, int, int], group: int, page_size: int, paged: bool, tile: Tile,
+    strides: tuple[int, int, int], group: int, page_size: int, paged: bool, tile: Tile, boxes: tuple[Any, ...] = (),
 ) -> Tensor:  # fmt: skip
     tokens, heads, size = q.shape
     rows = len(indptr) - 1
@@ -200,9 +213,11 @@ def _launch(
     main, rest = _width(size)
     tiles = triton.cdiv(tokens, tile.queries) + (0 if one else rows)  # each row's last tile may be a part of one
     flash_kernel[(heads, tiles)](
-        q, keys, values, out, indptr, lengths, pages, rows, pages.shape[-1], tokens,
+        q, keys, values, *(boxes or (keys, values, keys, values)), out, indptr, lengths, pages, rows, pages.shape[-1],
+        tokens,
         QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, W=main, REST=rest, S=page_size,
         BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, PAGED=paged, ONE=one,
+        BOXED=bool(boxes),
         num_warps=tile.warps, num_stages=stages, **FUSED,
     )  # fmt: skip
     return out
@@ -231,9 +246,22 @@ def prompts(
     )  # fmt: skip
 
 
-def images(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile) -> Tensor:
-    """[X Ev] of q, k, v [X heads Dv], whose heads lie side by side: every patch attends to all of its image."""
+def images(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile, boxed: bool = False) -> Tensor:
+    """[X Ev] of q, k, v [X heads Dv], whose heads lie side by side: every patch attends to all of its image.
+
+    `boxed`: by tensor descriptors, from capability 9.0 on, where the size of a head is no power of two. Those are copied
+    with less ado then, 1.15 times as fast; the others gain nothing.
+    """
+    boxes = ()
+    main, rest = _width(q.shape[2])
+    if boxed and rest and all(x.stride(0) * x.element_size() % 16 == 0 for x in (k, v)):
+        boxes = tuple(_box(x, tile.keys, columns) for columns in (main, rest) for x in (k, v))
     return _launch(
         q, k, v, indptr, indptr, indptr, strides=(q.stride(0), k.stride(0), v.stride(0)), group=1, page_size=1,
-        paged=False, tile=tile,
+        paged=False, tile=tile, boxes=boxes,
     )  # fmt: skip
+
+
+def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of `rows` by `columns` of x [X heads Dv]."""
+    return TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, columns])
