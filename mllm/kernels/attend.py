@@ -99,10 +99,52 @@ def _vectors(base, mask, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _norm_rotate(x, pair, w, w_pair, c, s, eps, D: tl.constexpr):
+def _norm(weight, D: tl.constexpr, DP: tl.constexpr):
+    """A norm's weight f32 [DP]: (as it is, with its halves swapped)."""
+    d = tl.arange(0, DP)
+    swapped = tl.where(d < D // 2, d + D // 2, d - D // 2)
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    return w, tl.load(weight + swapped, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_rotate(x, pair, norm, c, s, eps, D: tl.constexpr):
     """`_vectors` normalised and rotated; the sine's sign is in s."""
+    w, w_pair = norm
     factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     return factor[:, None] * (x * (w * c)[None, :] + pair * (w_pair * s)[None, :])
+
+
+@triton.jit
+def _newest(row, norm_q, norm_k, cos, sin, keys, values, slots, b, h, first, scale, eps, H: tl.constexpr,
+            K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr):  # fmt: skip
+    """(queries [GP DP] of the newest token, times `scale`; maximum, sum and result of its own key and value).
+
+    That key and value are the `first` split's to count, and to write to the pool. What the kernels before wrote is asked
+    for at once: a trip to L2 takes as long as the arithmetic.
+    """
+    G: tl.constexpr = H // K
+    d = tl.arange(0, DP)
+    g = tl.arange(0, GP)
+    one = tl.arange(0, 1)
+    qx, q_pair = _vectors(row + (h * G + g) * D, g < G, D, DP)
+    kx, k_pair = _vectors(row + (H + h + one) * D, one < 1, D, DP)
+    v = tl.load(row + (H + K + h) * D + d, mask=d < D, other=0.0)
+    c = tl.load(cos + b * (D // 2) + d % (D // 2))
+    s = tl.load(sin + b * (D // 2) + d % (D // 2)) * tl.where(d < D // 2, -1.0, 1.0)
+    q = (_norm_rotate(qx, q_pair, norm_q, c, s, eps, D) * scale).to(keys.dtype.element_ty)
+    top = tl.full([GP], -float("inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, DP], tl.float32)
+    if first:
+        k = _norm_rotate(kx, k_pair, norm_k, c, s, eps, D).to(keys.dtype.element_ty)
+        slot = (tl.load(slots + b) * K + h) * D
+        tl.store(keys + slot + d[None, :], k, mask=(d < D)[None, :])
+        tl.store(values + slot + d, v, mask=d < D)
+        top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        total += 1.0
+        acc += v.to(tl.float32)[None, :]
+    return q, top, total, acc
 
 
 @triton.jit
@@ -174,39 +216,20 @@ def attend_kernel(
     at = slots_of(pages, begin, N, S, TILE)
     if STAGES == 1:
         kt, vt = _tile(keys, values, at, begin, end, h, K, D, DP, TILE)
+    norm_q = _norm(q_norm, D, DP)
+    norm_k = _norm(k_norm, D, DP)
+    wait(PDL)
     d = tl.arange(0, DP)
     g = tl.arange(0, GP)
-    one = tl.arange(0, 1)
-    swapped = tl.where(d < D // 2, d + D // 2, d - D // 2)
-    wq = tl.load(q_norm + d, mask=d < D, other=0.0).to(tl.float32)
-    wq_pair = tl.load(q_norm + swapped, mask=d < D, other=0.0).to(tl.float32)
-    wk = tl.load(k_norm + d, mask=d < D, other=0.0).to(tl.float32)
-    wk_pair = tl.load(k_norm + swapped, mask=d < D, other=0.0).to(tl.float32)
-    wait(PDL)
-    handed = (split * H + h * G) + g
+    handed = split * H + h * G + g
     if split >= live:
         if not MERGE:
             tl.store(stats + handed, -float("inf"), mask=g < G)
         return
-    # everything that the kernels before wrote is asked for at once: a trip to L2 takes as long as the arithmetic
-    row = qkv + b * (H + 2 * K) * D
-    qx, q_pair = _vectors(row + (h * G + g) * D, g < G, D, DP)
-    kx, k_pair = _vectors(row + (H + h + one) * D, one < 1, D, DP)
-    v = tl.load(row + (H + K + h) * D + d, mask=d < D, other=0.0)
-    c = tl.load(cos + b * (D // 2) + d % (D // 2))
-    s = tl.load(sin + b * (D // 2) + d % (D // 2)) * tl.where(d < D // 2, -1.0, 1.0)
-    q = (_norm_rotate(qx, q_pair, wq, wq_pair, c, s, eps, D) * scale).to(keys.dtype.element_ty)
-    top = tl.full([GP], -float("inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, DP], tl.float32)
-    if split == 0:
-        k = _norm_rotate(kx, k_pair, wk, wk_pair, c, s, eps, D).to(keys.dtype.element_ty)
-        slot = (tl.load(slots + b) * K + h) * D
-        tl.store(keys + slot + d[None, :], k, mask=(d < D)[None, :])
-        tl.store(values + slot + d, v, mask=d < D)
-        top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        total += 1.0
-        acc += v.to(tl.float32)[None, :]
+    q, top, total, acc = _newest(
+        qkv + b * (H + 2 * K) * D, norm_q, norm_k, cos, sin, keys, values, slots, b, h, split == 0, scale, eps, H, K, D,
+        DP, GP,
+    )  # fmt: skip
     for t in tl.range(begin, end, TILE):
         after = slots_of(pages, t + TILE, N, S, TILE)  # a tile ahead, or the loads of keys would wait for it
         if STAGES > 1:
