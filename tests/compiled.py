@@ -45,9 +45,10 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def decode(model: str, rows: int, *, wide: bool) -> None:
-    """Every op of the decode table once, at the shapes of a public model."""
+    """Every op of the decode table once, at the shapes of a public model; of one row for short and long contexts."""
     ops = cuda.decode_ops(rows, pdl=wide)
-    batch = forward(model, ops, rows, rows)
+    for listed in (4, 32, 512) if rows == 1 else (32,):
+        batch = forward(model, ops, rows, rows, listed)
     ops.advance_(batch, empty(rows, dtype=torch.int32), page_size=64)
 
 
@@ -61,12 +62,12 @@ def prompt(model: str, tokens: int, *, wide: bool) -> None:
     ops.add_(x, at, empty(16, 2048))
 
 
-def forward(model: str, ops: Ops, tokens: int, rows: int) -> ForwardBatch:
+def forward(model: str, ops: Ops, tokens: int, rows: int, listed: int = 32) -> ForwardBatch:
     config = families.preset(model).text
     size = config.sizes
     batch = ForwardBatch(
         tokens=empty(tokens, dtype=torch.int32), positions=empty(3, tokens, dtype=torch.int32),
-        slots=empty(tokens, dtype=torch.int64), pages=empty(rows, 64, dtype=torch.int32),
+        slots=empty(tokens, dtype=torch.int64), pages=empty(rows, listed, dtype=torch.int32),
         lengths=empty(rows, dtype=torch.int32), q_indptr=empty(rows + 1, dtype=torch.int32),
         last=empty(rows, dtype=torch.int64),
     )  # fmt: skip
