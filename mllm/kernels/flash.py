@@ -214,10 +214,8 @@ def _launch(
     tiles = triton.cdiv(tokens, tile.queries) + (0 if one else rows)  # each row's last tile may be a part of one
     flash_kernel[(heads, tiles)](
         q, keys, values, *(boxes or (keys, values, keys, values)), out, indptr, lengths, pages, rows, pages.shape[-1],
-        tokens,
-        QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, W=main, REST=rest, S=page_size,
-        BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, PAGED=paged, ONE=one,
-        BOXED=bool(boxes),
+        tokens, QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, W=main, REST=rest, S=page_size,
+        BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, PAGED=paged, ONE=one, BOXED=bool(boxes),
         num_warps=tile.warps, num_stages=stages, **FUSED,
     )  # fmt: skip
     return out
