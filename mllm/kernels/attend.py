@@ -4,7 +4,7 @@ A program takes one key/value head of one row and one split of its context, so t
 for the group of query heads that share them. The context is cut by its length, which only the device knows. Where there
 is one row, the first tokens of a split, which earlier steps wrote, are loaded before the program waits for the kernel
 before it (`kernels/pdl.py`), and the splits are left for the output projection to merge, which reads them all anyway
-(`kernels/linear.py`). With more rows the last split of a head to arrive merges the others'.
+(`kernels/linear.py`). With more rows, or a long one, the last split of a head to arrive merges the others'.
 """
 
 from __future__ import annotations
@@ -74,6 +74,20 @@ class Workspace(State):
     arrived: Tensor = tensor("B K")
 
 
+def workspace_for(
+    split: Split, rows: int, heads: int, kv_heads: int, size: int, device: torch.device
+) -> Workspace | None:
+    """What merging needs; None where the splits are handed on, which are one row's, of heads that `merged` takes."""
+    if split.stages == 1 and size & (size - 1) == 0:
+        return None
+    shape = rows, kv_heads, split.splits, heads // kv_heads
+    return Workspace(
+        partial=torch.empty(*shape, size, dtype=torch.float32, device=device),
+        stats=torch.empty(*shape, 2, dtype=torch.float32, device=device),
+        arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),
+    )
+
+
 @state
 class DecodePlan(State):
     """Computed once per step: rotary tables f32 [B D/2] and the batch's bounds. Without a `workspace` the splits are
@@ -89,10 +103,16 @@ class DecodePlan(State):
 
 
 @triton.jit
+def _swapped(d, D: tl.constexpr):
+    """The columns d of a vector [D] with its halves swapped."""
+    return tl.where(d < D // 2, d + D // 2, d - D // 2)
+
+
+@triton.jit
 def _vectors(base, mask, D: tl.constexpr, DP: tl.constexpr):
     """Head vectors at `base` [n], f32 [n DP], zeros beyond D: (as they are, with their halves swapped)."""
     d = tl.arange(0, DP)
-    swapped = tl.where(d < D // 2, d + D // 2, d - D // 2)
+    swapped = _swapped(d, D)
     mask = mask[:, None] & (d < D)[None, :]
     x = tl.load(base[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     return x, tl.load(base[:, None] + swapped[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -102,7 +122,7 @@ def _vectors(base, mask, D: tl.constexpr, DP: tl.constexpr):
 def _norm(weight, D: tl.constexpr, DP: tl.constexpr):
     """A norm's weight f32 [DP]: (as it is, with its halves swapped)."""
     d = tl.arange(0, DP)
-    swapped = tl.where(d < D // 2, d + D // 2, d - D // 2)
+    swapped = _swapped(d, D)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     return w, tl.load(weight + swapped, mask=d < D, other=0.0).to(tl.float32)
 

@@ -117,14 +117,8 @@ def _decode_plan(
     rows, device = len(batch.lengths), batch.tokens.device
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     split = attend.split_for(rows, heads, kv_heads, batch.pages.shape[1] * page_size)
-    workspace = None
-    if split.stages > 1 or config.head_dim & (config.head_dim - 1):
-        shape = rows, kv_heads, split.splits, heads // kv_heads
-        workspace = attend.Workspace(
-            partial=torch.empty(*shape, config.head_dim, dtype=torch.float32, device=device),
-            stats=torch.empty(*shape, 2, dtype=torch.float32, device=device),
-            arrived=torch.zeros(rows, kv_heads, dtype=torch.int32, device=device),  # a memset breaks the chain: first
-        )
+    # ahead of the chain of kernels, which its memset would break
+    workspace = attend.workspace_for(split, rows, heads, kv_heads, config.head_dim, device)
     cos, sin = _rotary(batch, config, pdl=pdl)
     return DecodePlan(
         cos=cos,

@@ -126,12 +126,12 @@ def _keys(
     else:
         whole = end // BN * BN
         for t in tl.range(0, whole, BN):
-            token = t + tl.arange(0, BN)
             if BOXED:
                 k_box, v_box, k_rest_box, v_rest_box = boxes
                 tile = (k_box.load([row + t, column]), v_box.load([row + t, column]),
                         k_rest_box.load([row + t, column + W]), v_rest_box.load([row + t, column + W]))  # fmt: skip
             else:
+                token = t + tl.arange(0, BN)
                 tile = _load(keys, values, token.to(tl.int64), token < end, KS, VS, D, W, REST, False)
             top, total, acc, acc_rest = _attend(q, q_rest, tile, True, top, total, acc, acc_rest, REST, False)
     for t in tl.range(whole, end, BN):
