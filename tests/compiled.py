@@ -23,6 +23,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia import hopper
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -54,7 +56,7 @@ def decode(model: str, rows: int, *, wide: bool) -> None:
 
 def prompt(model: str, tokens: int, *, wide: bool) -> None:
     """Every op of the prompt table once, for one row and for some."""
-    ops = cuda.prompt_ops(tokens, wide=wide)
+    ops = cuda.prompt_ops(tokens, wide=wide, hopper=wide)
     for rows in (1, 4):
         forward(model, ops, tokens, rows)
     x, at = empty(tokens, 2048), empty(16, dtype=torch.int64)
@@ -89,7 +91,7 @@ def vision(model: str, count: int, *, wide: bool) -> None:
     """Every op of the captured table of the encoder once."""
     config = families.preset(model)
     size = config.sizes
-    ops = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide)
+    ops = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=wide)
     weights = build(config, lambda path, shape: empty(*shape)).vision
     pixels = patches.cut(empty(16 * 32, 16 * count // 32, 3, dtype=torch.uint8), patch=16, merge=2)
     batch = PatchBatch(
@@ -128,7 +130,7 @@ def rotary(model: str, tokens: int, *, wide: bool) -> None:
 CALLS: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {  # and the rows, tokens or patches to try
     "decode": (decode, (1, 8, 64, 128)),
     "prompt": (prompt, (64, 256, 2048)),
-    "vision": (vision, (256, 4096)),
+    "vision": (vision, (256, 1024, 4096, 9216)),
     "rotary": (rotary, (256,)),
 }
 
@@ -164,11 +166,13 @@ def compile_for(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[st
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, hopper.TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

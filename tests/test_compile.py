@@ -18,11 +18,11 @@ pytest.importorskip("triton")
 # Bytes of stack a thread. Triton 3.7 takes 32 for a sine and spills one register of 56; 3.9 takes none. The tiles that
 # were fastest with all 255 registers spill 16 more. A kernel that is short of registers spills hundreds of bytes.
 STACK = 64
-KERNELS = {
-    f"{name}_kernel"
+KERNELS = [
+    (language, f"{name}_kernel")
     for module in Path(kernels.__file__).parent.glob("*.py")
-    for name in re.findall(r"^def (\w+)_kernel\(", module.read_text("utf-8"), re.MULTILINE)
-}
+    for language, name in re.findall(r"^@(\w+)\.jit\ndef (\w+)_kernel\(", module.read_text("utf-8"), re.MULTILINE)
+]
 # compute capability -> (bytes of shared memory a block may have, registers a thread may have): CUDA programming
 # guide, "Technical specifications per compute capability"
 LIMITS = {87: (163 * 1024, 255), 90: (227 * 1024, 255)}
@@ -43,6 +43,7 @@ def test_every_kernel_compiles_within_the_limits(capability: int, capsys: pytest
         for r in records:
             usage = f"{r['registers']:4} {r['stack']:3} {r['shared']:7}"
             print(f"  {r['kernel']:20} {r['model']:12} {r['stage']:12} {usage}")
-    assert {r["kernel"] for r in records} == KERNELS
+    # those in Gluon are for Hopper's tensor cores
+    assert {r["kernel"] for r in records} == {n for language, n in KERNELS if language == "triton" or capability == 90}
     assert [r for r in records if r["stack"] > STACK] == []
     assert [r for r in records if r["shared"] > shared or r["registers"] > registers] == []

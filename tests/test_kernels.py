@@ -186,9 +186,46 @@ def test_attention_takes_heads_of_any_size(
     tile = flash.tile_for(bounds[-1], size, wide=False)
     got = flash.images(q * size**-0.5 * flash.LOG2E, k, v, indptr, tile=tile, boxed=boxed)
     for a, b in itertools.pairwise(bounds):
-        scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), k[a:b].double()) * size**-0.5
-        want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b].double()).flatten(1)
-        assert a == b or error(got[a:b], want) < 1e-5
+        assert a == b or error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-5
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    """f64 [T A] of q [T H D], k and v [N H D]; `causal`: the queries are the last tokens, and see those before them."""
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * q.shape[2] ** -0.5
+    if causal:
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        scores = scores.masked_fill(hidden.to(scores.device), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.double()).flatten(1)
+
+
+@pytest.fixture
+def hopper(device: str) -> None:
+    """Gluon has no interpreter, and the tensor cores that it is used for are those of capability 9.0."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of capability 9.0")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("bounds", [[0, 70, 70, 301, 1000], [0, 64], [0, 1300]], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(64, torch.bfloat16), (64, torch.float16), (72, torch.bfloat16), (80, torch.bfloat16), (128, torch.bfloat16)],
+)
+def test_patches_attend_to_their_image_on_hopper(
+    size: int, dtype: torch.dtype, bounds: list[int], groups: int, device: str, hopper: None
+) -> None:
+    from mllm.kernels import flash, flash_hopper
+
+    count, heads = bounds[-1] + 40, 4  # some patches pad the batch
+    qkv = torch.randn(count, 3, heads, size, generator=torch.Generator().manual_seed(size)).to(device, dtype)
+    qkv[bounds[-1] :] = torch.nan
+    q, k, v = qkv.unbind(1)
+    indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
+    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2, turns=groups != 4)
+    got = flash_hopper.images(q * (size**-0.5 * flash.LOG2E), k, v, indptr, tile=tile)
+    for a, b in itertools.pairwise(bounds):
+        assert a == b or error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -201,27 +238,55 @@ def test_prompts_attend_to_what_is_before_them(
 ) -> None:
     from mllm.kernels import flash
 
-    heads, kv_heads, size, listed = 4, 2, 40, 5
+    tile = flash.tile_for(sum(n for n, _ in rows) + free, 40, wide=False)
+    run = functools.partial(flash.prompts, tile=tile)
+    assert prompt_error(run, rows, free, size=40, page=PAGE, dtype=torch.float32, device=device) < 1e-5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tile", [(1, 128, 2), (2, 128, 2), (2, 64, 3)], ids=str)
+@pytest.mark.parametrize("page", [8, 16, 64, 128])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("rows", "free"),
+    [([(64, 64)], 0), ([(1000, 1000)], 24), ([(77, 999)], 3), ([(1, 1), (500, 777), (130, 130)], 9)],
+    ids=str,
+)
+def test_prompts_attend_to_what_is_before_them_on_hopper(
+    rows: list[tuple[int, int]], free: int, size: int, page: int, tile: tuple[int, int, int], device: str, hopper: None
+) -> None:
+    from mllm.kernels import flash_hopper
+
+    run = functools.partial(flash_hopper.prompts, tile=flash_hopper.Tile(*tile))
+    assert prompt_error(run, rows, free, size=size, page=page, dtype=torch.bfloat16, device=device) < 1e-2
+
+
+def prompt_error(
+    attend: functools.partial[Tensor], rows: list[tuple[int, int]], free: int, *, size: int, page: int,
+    dtype: torch.dtype, device: str,
+) -> float:  # fmt: skip
+    """The largest error of a row, whose keys and values lie in pages in any order, and beyond its end are no numbers."""
+    from mllm.kernels import flash
+
+    heads, kv_heads, listed = 4, 2, -(-max(length for _, length in rows) // page) + 1
     generator = torch.Generator().manual_seed(free)
     ends = list(itertools.accumulate([n for n, _ in rows], initial=0))
-    q = torch.randn(ends[-1] + free, heads, size, generator=generator)
-    keys, values = torch.randn(2, 1 + len(rows) * listed, PAGE, kv_heads, size, generator=generator)
+    q = torch.randn(ends[-1] + free, heads, size, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 1 + len(rows) * listed, page, kv_heads, size, generator=generator).to(dtype)
     pages = 1 + torch.randperm(len(rows) * listed, generator=generator, dtype=torch.int32).view(-1, listed)
-    for used, (_, length) in zip(pages, rows, strict=True):  # what lies beyond a row's end may be anything
-        spare = used[(length - 1) // PAGE :].long()
+    for used, (_, length) in zip(pages, rows, strict=True):
+        spare = used[(length - 1) // page :].long()
         for pool in (keys, values):
             pool[spare[1:]] = torch.nan
-            pool[spare[0], (length - 1) % PAGE + 1 :] = torch.nan
+            pool[spare[0], (length - 1) % page + 1 :] = torch.nan
     indptr, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, [n for _, n in rows]))
-    scaled = (q * size**-0.5 * flash.LOG2E).to(device)
-    tile = flash.tile_for(len(q), size, wide=False)
-    got = flash.prompts(scaled, keys.to(device), values.to(device), indptr, lengths, pages.to(device), tile=tile).cpu()
+    scaled = (q.float() * size**-0.5 * flash.LOG2E).to(device, dtype)
+    got = attend(scaled, keys.to(device), values.to(device), indptr, lengths, pages.to(device)).cpu()
+    errors = []
     for a, used, (count, length) in zip(ends, pages, rows, strict=False):
-        k, v = (x[used.long()].flatten(0, 1)[:length].repeat_interleave(2, 1).double() for x in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q[a : a + count].double(), k) * size**-0.5
-        hidden = torch.ones(count, length, dtype=torch.bool).triu(length - count + 1)
-        want = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
-        assert error(got[a : a + count], want) < 1e-5
+        k, v = (x[used.long()].flatten(0, 1)[:length].repeat_interleave(2, 1) for x in (keys, values))
+        errors.append(error(got[a : a + count], attended(q[a : a + count], k, v, causal=True)))
+    return max(errors)
 
 
 @pytest.mark.parametrize("shape", [(5, 96, 48), (130, 2048, 200), (256, 4096, 64), (3, 1088, 40)], ids=str)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
-from mllm.kernels import attend, draw, elementwise, flash, linear, long_prompts, rope, skinny, step
+from mllm.kernels import attend, draw, elementwise, flash, flash_hopper, linear, long_prompts, rope, skinny, step
 from mllm.kernels.attend import DecodePlan
 from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
 from mllm.kernels.ops import Ops
@@ -31,7 +31,7 @@ the record is in `docs/performance.md`."""
 SKINNY_TOKENS = 64
 """The same for the tokens of a prompt, where there is no chain."""
 FLASH_TOKENS = 2048
-"""Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same."""
+"""Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same. `flash_hopper` beats both."""
 Product = Callable[..., Tensor]  # y [T K], weight [N K] -> [T N], gated [T N/2], or in parts [... T N]
 
 
@@ -58,15 +58,17 @@ def decode_ops(rows: int, *, pdl: bool) -> Ops:
     return attrs.evolve(ops, **_products(few, pdl=chain), head=partial(_head, every=True, pdl=chain))
 
 
-def prompt_ops(tokens: int, *, wide: bool, fa3: bool = False) -> Ops:
-    """The table for prompts of `tokens` tokens in all; `wide`: capability 9.0 and up, with its larger tiles.
+def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = False) -> Ops:
+    """The table for prompts of `tokens` tokens in all; `wide`: capability 9.0 and up, with its larger tiles; `hopper`:
+    9.0 itself, whose tensor cores have an attention of their own.
 
-    `fa3`: more than `FLASH_TOKENS` at once go to FlashInfer, and then their bounds are read on the host.
+    `fa3`: where that one doesn't serve, more than `FLASH_TOKENS` at once go to FlashInfer, and then their bounds are read
+    on the host.
     """
     return attrs.evolve(
         REFERENCE,
         plan=partial(_prompt_plan, fa3=fa3),
-        attend_=partial(_attend_prompts, wide=wide),
+        attend_=partial(_attend_prompts, wide=wide, hopper=hopper),
         put_=elementwise.put_,
         add_=elementwise.add_,
         sample=partial(_sample, pdl=False),
@@ -150,7 +152,8 @@ def _prompt_plan(
 ) -> PromptPlan:
     cos, sin = _rotary(batch, config, pdl=False)
     attend = None
-    if fa3 and len(batch.tokens) > FLASH_TOKENS and dtype != torch.float32:
+    ours = flash_hopper.fits(config.head_dim, page_size, dtype)
+    if fa3 and not ours and len(batch.tokens) > FLASH_TOKENS and dtype != torch.float32:
         attend = long_prompts.plan(batch, config=config, page_size=page_size, dtype=dtype)
     return PromptPlan(
         cos=cos, sin=sin, slots=batch.slots, pages=batch.pages, lengths=batch.lengths, indptr=batch.q_indptr,
@@ -160,14 +163,17 @@ def _prompt_plan(
 
 def _attend_prompts(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: PromptPlan, keys: Tensor, values: Tensor, *, eps: float,
-    wide: bool,
+    wide: bool, hopper: bool,
 ) -> Tensor:  # fmt: skip
-    size = keys.shape[3]
+    page_size, _, size = keys.shape[1:]
     q = rope.rotate_write(
         qkv, q_norm, k_norm, plan.cos, plan.sin, plan.slots, keys, values, scale=size**-0.5 * flash.LOG2E, eps=eps
     )
     if plan.attend is not None:
         return plan.attend(q, keys, values)
+    ours = flash_hopper.prompt_tile(len(q) // len(plan.lengths), size, page_size, q.dtype) if hopper else None
+    if ours is not None:
+        return flash_hopper.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=ours)
     tile = flash.tile_for(len(q), size, wide=wide)
     return flash.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=tile)
 

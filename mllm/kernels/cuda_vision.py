@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels import flash, patches, rope
+from mllm.kernels import flash, flash_hopper, patches, rope
 from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference_vision import EPS
@@ -37,15 +37,16 @@ class VisionPlan(State):
     heads: int
 
 
-def vision_ops(ops: Ops, *, captured: bool, wide: bool) -> Ops:
-    """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it."""
+def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
+    """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it. `wide`: capability
+    9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention of their own."""
     return attrs.evolve(
         ops,
         cut=patches.cut,
         patch_embed=patch_embed,
         vision_plan=partial(vision_plan, captured=captured),
         layer_norm_linear=layer_norm_linear,
-        attend_images=partial(attend_images, wide=wide),
+        attend_images=partial(attend_images, wide=wide, hopper=hopper),
         linear_bias_add=linear_bias_add,
         layer_norm_gelu=layer_norm_gelu,
         merge=merge,
@@ -82,16 +83,24 @@ def layer_norm_linear(
     return x, F.linear(y, weight, bias)
 
 
-def attend_images(qkv: Tensor, plan: VisionPlan, *, wide: bool) -> Tensor:
+def attend_images(qkv: Tensor, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
     v = qkv.view(len(qkv), 3, plan.heads, -1)[:, 2]
-    size = v.shape[2]
-    if not plan.spans:
-        q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads, scale=size**-0.5 * flash.LOG2E)
-        return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(len(q), size, wide=wide), boxed=wide)
-    q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads)
+    count, heads, size = v.shape
+    ours = flash_hopper.image_tile(count, heads, size, qkv.dtype) if hopper else None
+    if ours is None and plan.spans:
+        q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, heads)
+        return _attend_each(q, k, v, plan.spans)
+    q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, heads, scale=size**-0.5 * flash.LOG2E)
+    if ours is not None:
+        return flash_hopper.images(q, k, v, plan.indptr, tile=ours)
+    return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(count, size, wide=wide), boxed=wide)
+
+
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    """[X Ev]: the images one by one, by PyTorch."""
     parts = []
     with sdpa_kernel(BACKENDS, set_priority=True):
-        for a, b in plan.spans:
+        for a, b in spans:
             image_q, image_k, image_v = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             y = F.scaled_dot_product_attention(image_q, image_k, image_v)
             parts.append(y.squeeze(0).transpose(0, 1).flatten(1))

@@ -1,8 +1,9 @@
 """Attention of long prompts on Hopper: FlashInfer's FA3, planned on the host once for all layers.
 
-Beyond some thousands of tokens it is 1.5 times as fast as `flash`, but the plan reads the batch's bounds on the host, so
-it cannot be recorded, and its kernels compile at first use (a minute or two, kept in ~/.cache/flashinfer). `generate`
-prefills fewer tokens at a time (`budget.PREFILL_TOKENS`), so only who calls the stages comes here.
+For heads that `flash_hopper` does not take, such as those of 256. Beyond some thousands of tokens it is 1.5 times as fast
+as `flash`, but the plan reads the batch's bounds on the host, so it cannot be recorded, and its kernels compile at first
+use (a minute or two, kept in ~/.cache/flashinfer). `generate` prefills fewer tokens at a time (`budget.PREFILL_TOKENS`),
+so only who calls the stages comes here.
 """
 
 from __future__ import annotations

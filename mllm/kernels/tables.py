@@ -37,7 +37,8 @@ def tables_for(device: str | torch.device, dtype: torch.dtype) -> Tables:
         return _compiled_tables() if compiled else Tables(ops=CPU)
     if kind != "cuda":
         raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu, cuda")
-    return _cuda_tables(wide=torch.cuda.get_device_capability(device) >= (9, 0))
+    capability = torch.cuda.get_device_capability(device)
+    return _cuda_tables(wide=capability >= (9, 0), hopper=capability[0] == 9)
 
 
 @lru_cache(maxsize=1)
@@ -50,16 +51,17 @@ def _compiled_tables() -> Tables:
 
 
 @lru_cache(maxsize=2)
-def _cuda_tables(*, wide: bool) -> Tables:
+def _cuda_tables(*, wide: bool, hopper: bool) -> Tables:
     try:
         from mllm.kernels import cuda, cuda_vision  # need Triton, which machines without a GPU need not have
     except ImportError as error:
         raise MissingPackageError(f"CUDA devices need {error.name}: pip install 'mllm-runtime[cuda]'") from None
-    captured = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide)
-    general = cuda_vision.vision_ops(cuda.prompt_ops(2**31, wide=wide, fa3=wide), captured=False, wide=wide)
+    captured = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=hopper)
+    prompts = partial(cuda.prompt_ops, wide=wide, hopper=hopper)
+    general = cuda_vision.vision_ops(prompts(2**31, fa3=hopper), captured=False, wide=wide, hopper=hopper)
     return Tables(
         ops=general,
         decode_ops=partial(cuda.decode_ops, pdl=wide),
-        prompt_ops=partial(cuda.prompt_ops, wide=wide),
+        prompt_ops=prompts,
         vision_ops=lambda patches: captured,
     )

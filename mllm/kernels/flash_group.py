@@ -1,0 +1,163 @@
+"""What a group of four warps does in `flash_hopper`: the online softmax of 64 queries, and their result.
+
+Its next scores and last result are on the tensor cores while it computes the softmax between them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mllm.kernels.hopper import finished, mma, nothing
+
+
+@gluon.jit
+def _scores(q, q_rest, ks, stage, zero):
+    """Queries times the keys of a stage, under way."""
+    s = warpgroup_mma(q, ks[0].index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if len(ks) > 1:
+        s = warpgroup_mma(q_rest, ks[1].index(stage).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _masked(s, i, place, hidden, PAGED: gl.constexpr):
+    """The scores of tile i without those keys that a query does not attend to."""
+    BN: gl.constexpr = s.shape[1]
+    column = gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
+    if PAGED:
+        visible = (i * BN + column)[None, :] <= place[:, None]
+    else:
+        visible = (column >= hidden)[None, :]
+    return gl.where(visible, s, -float("inf"))
+
+
+@gluon.jit
+def _add_values(weights, vs, stage, accs):
+    """accs plus the values of a stage, times weights [64 BN], under way."""
+    coming = ()
+    for j in gl.static_range(len(vs)):
+        a = gl.convert_layout(weights, gl.DotOperandLayout(0, accs[j].type.layout, 2))
+        coming += (warpgroup_mma(a, vs[j].index(stage), accs[j], is_async=True),)
+    return coming
+
+
+@gluon.jit
+def _times(accs, factor):
+    """accs, each row times its factor [64]."""
+    out = ()
+    for j in gl.static_range(len(accs)):
+        out += (accs[j] * gl.convert_layout(factor, gl.SliceLayout(1, accs[j].type.layout))[:, None],)
+    return out
+
+
+@gluon.jit
+def _clean(vs, stage, live, group: gl.constexpr, GROUPS: gl.constexpr, cleaned):
+    """Make zeros of a stage's values from token `live` on: what lies there, times a weight of zero, could be no number.
+
+    Each group does its part, and goes on when all have.
+    """
+    ROWS: gl.constexpr = vs[0].shape[1] // GROUPS
+    W: gl.constexpr = vs[0].shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [4, 1], [1, 0])
+    part = vs[0].index(stage).slice(group * ROWS, ROWS)
+    row = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    value = part.load(layout)
+    part.store(gl.where((row < live)[:, None], value, gl.zeros_like(value)))
+    fence_async_shared()
+    mbarrier.arrive(cleaned)
+    mbarrier.wait(cleaned, 0)
+
+
+@gluon.jit
+def _queries_beyond(q, start, m, count, h, QS: gl.constexpr, D: gl.constexpr, W: gl.constexpr, REST: gl.constexpr):
+    """The columns of 64 queries beyond W, in registers: zeros from D on, to meet what descriptors copy of the next head."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, m.type.layout.parent, 2)
+    m = gl.convert_layout(m, gl.SliceLayout(1, layout))
+    d = W + gl.arange(0, REST, gl.SliceLayout(0, layout))
+    at = q + (start + m).to(gl.int64)[:, None] * QS + h * D + d[None, :]
+    return gl.load(at, mask=(m < count)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@gluon.jit
+def _store(out, acc, start, m, count, first, end, stride):
+    """Columns from `first` on, as far as they are below `end`, of the rows start + m [64] of out below start + count."""
+    layout: gl.constexpr = acc.type.layout
+    m = gl.convert_layout(m, gl.SliceLayout(1, layout))
+    d = first + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    at = out + (start + m).to(gl.int64)[:, None] * stride + d[None, :]
+    gl.store(at, acc.to(out.dtype.element_ty), mask=(m < count)[:, None] & (d < end)[None, :])
+
+
+@gluon.jit
+def consume(
+    task, group: gl.constexpr, GROUPS: gl.constexpr, QS: gl.constexpr, D: gl.constexpr, PAGED: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """A group of four warps: the softmax of 64 queries over n tiles of keys, and its result."""
+    q, out, qs, q_full, ks, vs, full, free, turns, cleaned, start, count, m0, offset, n, h = task
+    k_full, v_full = full
+    k_free, v_free = free
+    STAGES: gl.constexpr = ks[0].shape[0]
+    BN: gl.constexpr = ks[0].shape[1]
+    m = m0 + 64 * group + gl.arange(0, 64, gl.SliceLayout(1, mma(BN)))
+    place = offset + m
+    hidden = n * BN - offset - count  # of the last tile
+    whole = (offset + m0 + 64 * group + 1) // BN if PAGED else count // BN  # tiles that need no mask
+    zero = gl.zeros([64, BN], gl.float32, mma(BN))
+    queries, beyond, accs = qs.index(group), zero, ()
+    for j in gl.static_range(len(vs)):
+        accs += (nothing(vs[j]),)
+    if len(ks) > 1:
+        beyond = _queries_beyond(q, start, m, count, h, QS, D, ks[0].shape[2], ks[1].shape[2])
+    mbarrier.wait(q_full.index(group), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma_wait(0, deps=[_scores(queries, beyond, ks, 0, zero)])
+    mbarrier.arrive(k_free.index(0))
+    if whole == 0:
+        s = _masked(s, 0, place, hidden, PAGED)
+    top = gl.max(s, 1)
+    p = gl.exp2(s - top[:, None])
+    total = gl.sum(p, 1)
+    weights = p.to(ks[0].dtype)
+    if TURNS and group == GROUPS - 1:
+        mbarrier.arrive(turns.index(0))
+    for i in range(1, n):
+        stage, last = i % STAGES, (i - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+        if TURNS:
+            mbarrier.wait(turns.index(group), (i - 1) & 1)
+        score = _scores(queries, beyond, ks, stage, zero)
+        mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
+        coming = _add_values(weights, vs, last, accs)
+        if TURNS:
+            mbarrier.arrive(turns.index((group + 1) % GROUPS))
+        s = warpgroup_mma_wait(len(vs), deps=[score])
+        mbarrier.arrive(k_free.index(stage))
+        if i >= whole:
+            s = _masked(s, i, place, hidden, PAGED)
+        new = gl.maximum(top, gl.max(s, 1))
+        p = gl.exp2(s - new[:, None])
+        fade = gl.exp2(top - new)
+        total = total * fade + gl.sum(p, 1)
+        top = new
+        accs = finished(coming)
+        mbarrier.arrive(v_free.index(last))
+        accs = _times(accs, fade)
+        weights = p.to(ks[0].dtype)
+    last = (n - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((n - 1) // STAGES) & 1)
+    if PAGED:  # noqa: SIM102  is the compiler's; the other is the program's
+        if hidden > 0:
+            _clean(vs, last, BN - hidden, group, GROUPS, cleaned)
+    accs = finished(_add_values(weights, vs, last, accs))
+    accs = _times(accs, 1.0 / total)
+    for j in gl.static_range(len(vs)):
+        first = h * D + j * accs[0].shape[1]
+        _store(out, accs[j], start, m, count, first, h * D + D, gl.num_programs(0) * D)

@@ -1,0 +1,233 @@
+"""Attention of many queries on Hopper (capability 9.0): what `flash` does, with each warp group at a task of its own.
+
+A warp copies keys and values through a ring in shared memory, by tensor descriptors; two to four groups of four warps
+take 64 queries each. A group's next scores and last result are on the tensor cores while it computes the softmax between
+them, and the groups take turns at handing in, so that the one's softmax runs beside the other's products. Written in
+Gluon, Triton's language for what its own compiler would not arrange.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from mllm.kernels.flash_group import consume
+from mllm.kernels.hopper import TYPES, copy, descriptor, new_barriers
+from mllm.kernels.pdl import FUSED
+
+
+class Tile(NamedTuple):
+    """Warp groups, each of which takes 64 queries; keys at a time; tiles of keys in flight; whether groups take turns."""
+
+    groups: int
+    keys: int
+    stages: int
+    turns: bool = True
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _locate(indptr, B, BP: gl.constexpr, BM: gl.constexpr):
+    """(row, its first query, its queries, the first one of this program's tile in the row): a tile for each program.
+
+    Tiles are numbered row after row and taken from the end. A program for which there is none gets one that begins at
+    the row's end.
+    """
+    rows = gl.arange(0, BP, gl.BlockedLayout([1], [32], [4], [0]))
+    first = gl.load(indptr + rows, mask=rows < B, other=0)
+    tiles = gl.cdiv(gl.load(indptr + rows + 1, mask=rows < B, other=0) - first, BM)
+    upto = gl.associative_scan(tiles, 0, _add)
+    at = gl.sum(tiles, 0) - 1 - gl.program_id(1)
+    row = gl.sum((upto <= at).to(gl.int32), 0)
+    start = gl.load(indptr + row)
+    count = gl.load(indptr + row + 1) - start
+    m0 = gl.where(at < 0, count, (at - gl.sum(gl.where(rows < row, tiles, 0), 0)) * BM)
+    return row, start, count, m0
+
+
+@gluon.jit
+def _copy(boxes, rings, full, stage, rows, column, BOX: gl.constexpr):
+    """Bring the columns of one head, of the tokens that lie at `rows` (one for each BOX of them), into a stage."""
+    BN: gl.constexpr = rings[0].shape[1]
+    W: gl.constexpr = rings[0].shape[2]
+    REST: gl.constexpr = rings[1].shape[2] if len(rings) > 1 else 0
+    mbarrier.expect(full.index(stage), BN * (W + REST) * 2)
+    for part in gl.static_range(BN // BOX):
+        to = rings[0].index(stage).slice(part * BOX, BOX)
+        copy(boxes[0], [rows[part], column], full.index(stage), to)
+        if REST > 0:
+            to = rings[1].index(stage).slice(part * BOX, BOX)
+            copy(boxes[1], [rows[part], column + W], full.index(stage), to)
+
+
+@gluon.jit
+def _produce(copies, S: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constexpr):
+    """The warp that copies: n tiles of keys and of values, each as soon as its place is free.
+
+    The last tile of an image ends where the image does, so that nothing beyond is read.
+    """
+    k_boxes, v_boxes, ks, vs, full, free, start, count, pages, n, N, column = copies
+    STAGES: gl.constexpr = ks[0].shape[0]
+    BN: gl.constexpr = ks[0].shape[1]
+    k_full, v_full = full
+    k_free, v_free = free
+    for i in range(n):
+        stage = i % STAGES
+        phase = (i // STAGES) & 1 ^ 1
+        rows = ()
+        for part in gl.static_range(BN // BOX):
+            t = i * BN + part * BOX
+            if PAGED:
+                rows += (gl.load(pages + t // S, mask=t < N * S, other=0) * S + t % S,)
+            else:
+                rows += (start + gl.minimum(t, count - BN),)
+        mbarrier.wait(k_free.index(stage), phase)
+        _copy(k_boxes, ks, k_full, stage, rows, column, BOX)
+        mbarrier.wait(v_free.index(stage), phase)
+        _copy(v_boxes, vs, v_full, stage, rows, column, BOX)
+
+
+@gluon.jit
+def flash_hopper_kernel(
+    q_box, k_box, v_box, k_rest_box, v_rest_box, q, out, indptr, lengths, pages, B, N,
+    QS: gl.constexpr, G: gl.constexpr, D: gl.constexpr, REST: gl.constexpr, S: gl.constexpr, BP: gl.constexpr,
+    BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `flash_kernel`, by descriptors of all tokens, a head's columns beside each other. BOX: tokens of a descriptor,
+    which for PAGED lie in one page. TURNS: the groups take turns."""
+    BM: gl.constexpr = 64 * GROUPS
+    W: gl.constexpr = k_box.block_shape[1]
+    dtype: gl.constexpr = q_box.dtype
+    h = gl.program_id(0)
+    b, start, count, m0 = _locate(indptr, B, BP, BM)
+    if m0 < count:
+        offset = 0
+        if PAGED:
+            offset = gl.load(lengths + b) - count
+            pages += b * N
+        n = gl.cdiv(gl.minimum(offset + count, offset + m0 + BM) if PAGED else count, BN)
+        qs = gl.allocate_shared_memory(dtype, [GROUPS, 64, W], q_box.layout)
+        k_boxes, v_boxes = (k_box,), (v_box,)
+        ks = (gl.allocate_shared_memory(dtype, [STAGES, BN, W], k_box.layout),)
+        vs = (gl.allocate_shared_memory(dtype, [STAGES, BN, W], v_box.layout),)
+        if REST > 0:
+            k_boxes += (k_rest_box,)
+            v_boxes += (v_rest_box,)
+            ks += (gl.allocate_shared_memory(dtype, [STAGES, BN, REST], k_rest_box.layout),)
+            vs += (gl.allocate_shared_memory(dtype, [STAGES, BN, REST], v_rest_box.layout),)
+        full = (new_barriers(STAGES, 1), new_barriers(STAGES, 1))
+        free = (new_barriers(STAGES, GROUPS), new_barriers(STAGES, GROUPS))
+        q_full, turns, cleaned = new_barriers(GROUPS, 1), new_barriers(GROUPS, 1), new_barriers(1, GROUPS).index(0)
+        for i in gl.static_range(GROUPS):
+            mbarrier.expect(q_full.index(i), 64 * W * 2)
+            copy(q_box, [start + m0 + 64 * i, h * D], q_full.index(i), qs.index(i))
+        task = (q, out, qs, q_full, ks, vs, full, free, turns, cleaned, start, count, m0, offset, n, h)
+        copies = (k_boxes, v_boxes, ks, vs, full, free, start, count, pages, n, N, h // G * D)
+        # the compiler takes no list that is made in a loop, so each number of groups has its own
+        if GROUPS == 1:
+            gl.warp_specialize([
+                (consume, (task, gl.constexpr(0), GROUPS, QS, D, PAGED, TURNS)),
+                (_produce, (copies, S, BOX, PAGED)),
+            ], [1], [24])  # fmt: skip
+        elif GROUPS == 2:
+            gl.warp_specialize([
+                (consume, (task, gl.constexpr(0), GROUPS, QS, D, PAGED, TURNS)),
+                (consume, (task, gl.constexpr(1), GROUPS, QS, D, PAGED, TURNS)),
+                (_produce, (copies, S, BOX, PAGED)),
+            ], [4, 1], [REGISTERS, 24])  # fmt: skip
+        elif GROUPS == 3:
+            gl.warp_specialize([
+                (consume, (task, gl.constexpr(0), GROUPS, QS, D, PAGED, TURNS)),
+                (consume, (task, gl.constexpr(1), GROUPS, QS, D, PAGED, TURNS)),
+                (consume, (task, gl.constexpr(2), GROUPS, QS, D, PAGED, TURNS)),
+                (_produce, (copies, S, BOX, PAGED)),
+            ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (consume, (task, gl.constexpr(0), GROUPS, QS, D, PAGED, TURNS)),
+                (consume, (task, gl.constexpr(1), GROUPS, QS, D, PAGED, TURNS)),
+                (consume, (task, gl.constexpr(2), GROUPS, QS, D, PAGED, TURNS)),
+                (consume, (task, gl.constexpr(3), GROUPS, QS, D, PAGED, TURNS)),
+                (_produce, (copies, S, BOX, PAGED)),
+            ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
+
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200, each of which runs one program at a time."""
+REGISTERS = {1: 0, 2: 240, 3: 160, 4: 112}
+"""What a thread of a group may have, by their number: 65,536 less those of the warp that copies. One takes all."""
+COSTS = {Tile(2, 128, 2): 0.074, Tile(3, 128, 2): 0.062, Tile(4, 64, 4, turns=False): 0.066}
+"""Nanoseconds that a query takes for each key, measured with heads of 64: the more groups, the fewer keys are copied."""
+
+
+def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype) -> Tile | None:
+    """What was fastest on an H200 for one image; None where `flash` serves. The record is in `docs/performance.md`."""
+    if dtype not in TYPES or not (size in (64, 128) or (64 < size <= 80 and size % 8 == 0)):
+        return None
+    if size > 64:
+        return Tile(1, 128, 2) if patches <= 512 and size < 128 else Tile(2, 128, 2)
+    if patches <= 768:
+        return None
+
+    def duration(tile: Tile) -> float:
+        queries = 64 * tile.groups
+        return triton.cdiv(triton.cdiv(patches, queries) * heads, MULTIPROCESSORS) * queries * COSTS[tile]
+
+    return min(COSTS, key=duration)
+
+
+def prompt_tile(tokens: int, size: int, page_size: int, dtype: torch.dtype) -> Tile | None:
+    """The same for prompts of so many tokens each."""
+    if not fits(size, page_size, dtype) or tokens <= 384:
+        return None
+    return Tile(1 if tokens <= 768 else 2, 128, 2)
+
+
+def fits(size: int, page_size: int, dtype: torch.dtype) -> bool:
+    """Whether `prompts` takes heads of this size and pages of this many tokens: descriptors copy 8 and more at once."""
+    return dtype in TYPES and size in (64, 128) and page_size % 8 == 0
+
+
+def _launch(
+    q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *, page_size: int,
+    paged: bool, tile: Tile,
+) -> Tensor:  # fmt: skip
+    tokens, heads, size = q.shape
+    rows = len(indptr) - 1
+    out = q.new_empty(tokens, heads * size)
+    main, rest = (size, 0) if size in (64, 128) else (64, 16)
+    each = gcd(page_size, tile.keys) if paged else tile.keys
+    boxes = [descriptor(x, each, columns) for columns in (main, rest or main) for x in (keys, values)]
+    tiles = triton.cdiv(tokens, 64 * tile.groups) + (0 if rows == 1 else rows)  # each row's last may be a part of one
+    flash_hopper_kernel[(heads, tiles)](
+        descriptor(q, 64, main), *boxes, q, out, indptr, lengths, pages, rows, pages.shape[-1], QS=q.stride(0),
+        G=heads // keys.shape[1], D=size, REST=rest, S=page_size, BP=max(32, triton.next_power_of_2(rows)), BN=tile.keys,
+        GROUPS=tile.groups, STAGES=tile.stages, BOX=each, PAGED=paged, TURNS=tile.turns and tile.groups > 1,
+        REGISTERS=REGISTERS[tile.groups], num_warps=4, **FUSED,
+    )  # fmt: skip
+    return out
+
+
+def images(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile) -> Tensor:
+    """As `flash.images`: [X Ev] of q, k, v [X heads Dv], of 16 bits, with the queries times scale and log2(e)."""
+    return _launch(q, k, v, indptr, indptr, indptr, page_size=1, paged=False, tile=tile)
+
+
+def prompts(
+    q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *, tile: Tile
+) -> Tensor:
+    """As `flash.prompts`: [T A] of q [T H D] over the pool [P S K D], of 16 bits; a `Tile` of one or two groups."""
+    keys, values, page_size = keys.flatten(0, 1), values.flatten(0, 1), keys.shape[1]
+    return _launch(q, keys, values, indptr, lengths, pages, page_size=page_size, paged=True, tile=tile)

@@ -1,0 +1,56 @@
+"""What kernels in Gluon for Hopper (capability 9.0) share: a language for what Triton's own compiler would not arrange.
+
+There a warp that only copies, by tensor descriptors and through a ring in shared memory, and groups of four warps, each
+with 64 rows of a product on the tensor cores, run side by side and hand over by barriers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.7 on, and in 3.6
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+"""What the tensor cores multiply from shared memory."""
+
+
+@gluon.constexpr_function
+def mma(columns):
+    """How four warps hold 64 rows of a product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.jit
+def nothing(v):
+    """Zeros [64 columns of v]."""
+    W: gl.constexpr = v.shape[2]
+    return gl.zeros([64, W], gl.float32, mma(W))
+
+
+@gluon.jit
+def finished(coming):
+    """All that is under way, when it is there."""
+    if len(coming) == 1:
+        accs = (warpgroup_mma_wait(0, deps=coming),)
+    else:
+        accs = warpgroup_mma_wait(0, deps=coming)
+    return accs
+
+
+@gluon.jit
+def new_barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers [COUNT 1], each of which opens with so many arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """By which `rows` by `columns` of x [... columns] are copied at once; all but its first dimension lie side by side."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[x.dtype])
+    return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns], layout)
