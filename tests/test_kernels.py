@@ -289,6 +289,46 @@ def prompt_error(
     return max(errors)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 64, 8), (130, 200, 136), (1000, 2048, 6144)], ids=str)
+def test_a_gate_is_closed_where_its_product_is_made(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, hopper: None
+) -> None:
+    from mllm.kernels import tall
+
+    rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
+    weight = (torch.randn(2 * outputs, inputs, generator=generator) * inputs**-0.5).to(device, dtype)
+    gate, up = (x.double() @ weight.double().T).chunk(2, 1)
+    assert tall.fits(x)
+    assert error(tall.gated(x, weight), torch.nn.functional.silu(gate) * up) < 1e-2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [1, 3, 16])
+@pytest.mark.parametrize("count", [4, 200, 500, 900])
+def test_queries_and_keys_are_turned_where_their_product_is_made(
+    count: int, heads: int, device: str, hopper: None
+) -> None:
+    from mllm.kernels import rope, tall
+
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, 320, generator=generator).to(device, torch.bfloat16)
+    weight, bias = (
+        torch.randn(3 * heads * 64, 320, generator=generator) / 18,
+        torch.randn(3 * heads * 64, generator=generator),
+    )
+    angle = torch.randn(count, 32, generator=generator).to(device)
+    cos, sin = angle.cos(), angle.sin()
+    weight, bias = (t.to(device, torch.bfloat16) for t in (weight, bias))
+    qkv = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    want = [*rope.rotate_heads(qkv, cos, sin, heads, scale=0.3), qkv.view(count, 3, heads, 64)[:, 2]]
+    got = tall.turned(x, weight, bias, cos, sin, scale=0.3).unbind(1)
+    assert max(error(a, b) for a, b in zip(got, want, strict=True)) < 1e-2
+
+
 @pytest.mark.parametrize("shape", [(5, 96, 48), (130, 2048, 200), (256, 4096, 64), (3, 1088, 40)], ids=str)
 def test_the_parts_of_a_product_add_up_to_it(shape: tuple[int, int, int], device: str) -> None:
     from mllm.kernels.norm import split_linear

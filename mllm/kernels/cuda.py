@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
-from mllm.kernels import attend, draw, elementwise, flash, flash_hopper, linear, long_prompts, rope, skinny, step
+from mllm.kernels import attend, draw, elementwise, flash, flash_hopper, linear, long_prompts, rope, skinny, step, tall
 from mllm.kernels.attend import DecodePlan
 from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
 from mllm.kernels.ops import Ops
@@ -72,15 +72,15 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
         put_=elementwise.put_,
         add_=elementwise.add_,
         sample=partial(_sample, pdl=False),
-        **_products(tokens <= SKINNY_TOKENS, pdl=False),
+        **_products(tokens <= SKINNY_TOKENS, pdl=False, hopper=hopper),
         head=partial(_head, every=False, pdl=False),
     )
 
 
-def _products(few: bool, *, pdl: bool) -> dict[str, Callable[..., Any]]:
+def _products(few: bool, *, pdl: bool, hopper: bool = False) -> dict[str, Callable[..., Any]]:
     """The ops around the products of a layer; those that end in the residual stream stay pending for the next norm."""
     product: Product = F.linear
-    gated: Product = _gated
+    gated: Product = partial(_gated, hopper=hopper)
     parts: Product = split_linear
     if few:
         product = partial(skinny.linear, pdl=pdl)
@@ -99,7 +99,9 @@ def _after_norm(
     return x, product(y, weight)
 
 
-def _gated(y: Tensor, weight: Tensor) -> Tensor:
+def _gated(y: Tensor, weight: Tensor, *, hopper: bool) -> Tensor:
+    if hopper and tall.fits(y) and tall.gate_pays(len(y), len(weight) // 2):
+        return tall.gated(y, weight)
     return elementwise.gate(F.linear(y, weight))
 
 

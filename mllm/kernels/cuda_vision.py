@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import attrs
 import torch
@@ -12,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels import flash, flash_hopper, patches, rope
+from mllm.kernels import flash, flash_hopper, patches, rope, tall
 from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
-from mllm.kernels.ops import Ops
+from mllm.kernels.ops import Ops, Qkv
 from mllm.kernels.reference_vision import EPS
 from mllm.state import State, state, tensor
 from mllm.weights import Merger, TapMerger, VisionWeights
@@ -27,7 +29,7 @@ BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.E
 class VisionPlan(State):
     """Computed once per image batch: rotary tables f32 [X Dv/2] and the images' bounds.
 
-    `spans` are the bounds on the host, for attention image by image; empty where the device's serve.
+    `spans` are the bounds on the host, for attention image by image; empty where a graph may record the pass.
     """
 
     cos: Tensor
@@ -40,12 +42,13 @@ class VisionPlan(State):
 def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
     """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it. `wide`: capability
     9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention of their own."""
+    product: Callable[..., tuple[Stream, Qkv]] = layer_norm_product if hopper else layer_norm_linear
     return attrs.evolve(
         ops,
         cut=patches.cut,
         patch_embed=patch_embed,
         vision_plan=partial(vision_plan, captured=captured),
-        layer_norm_linear=layer_norm_linear,
+        layer_norm_linear=product,
         attend_images=partial(attend_images, wide=wide, hopper=hopper),
         linear_bias_add=linear_bias_add,
         layer_norm_gelu=layer_norm_gelu,
@@ -83,16 +86,46 @@ def layer_norm_linear(
     return x, F.linear(y, weight, bias)
 
 
-def attend_images(qkv: Tensor, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
+class Product(NamedTuple):
+    """x [X K] @ weight [N K].T + bias, not made yet: attention does it, and turns queries and keys as it goes."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def made(self) -> Tensor:
+        return F.linear(self.x, self.weight, self.bias)
+
+
+def layer_norm_product(
+    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Stream, Tensor | Product]:
+    x, y = add_norm(x, norm, norm_bias, eps=EPS)
+    product = Product(y, weight, bias)
+    return x, product if tall.fits(y) else product.made()
+
+
+def attend_images(qkv: Tensor | Product, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
+    if isinstance(qkv, Product) and len(qkv.weight) == 3 * plan.heads * tall.HEAD:
+        scale = tall.HEAD**-0.5 * flash.LOG2E
+        q, k, v = tall.turned(qkv.x, qkv.weight, qkv.bias, plan.cos, plan.sin, scale=scale).unbind(1)
+        return _attend(q, k, v, plan, wide=wide, hopper=hopper)
+    if isinstance(qkv, Product):
+        qkv = qkv.made()
     v = qkv.view(len(qkv), 3, plan.heads, -1)[:, 2]
-    count, heads, size = v.shape
-    ours = flash_hopper.image_tile(count, heads, size, qkv.dtype) if hopper else None
-    if ours is None and plan.spans:
-        q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, heads)
+    if plan.spans and not hopper:
+        q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads)
         return _attend_each(q, k, v, plan.spans)
-    q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, heads, scale=size**-0.5 * flash.LOG2E)
-    if ours is not None:
-        return flash_hopper.images(q, k, v, plan.indptr, tile=ours)
+    q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads, scale=v.shape[2] ** -0.5 * flash.LOG2E)
+    return _attend(q, k, v, plan, wide=wide, hopper=hopper)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
+    """[X Ev]: all images at once, within the bounds that the device knows."""
+    count, heads, size = v.shape
+    tile = flash_hopper.image_tile(count, heads, size, v.dtype) if hopper else None
+    if tile is not None:
+        return flash_hopper.images(q, k, v, plan.indptr, tile=tile)
     return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(count, size, wide=wide), boxed=wide)
 
 

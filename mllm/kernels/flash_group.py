@@ -113,7 +113,7 @@ def consume(
     zero = gl.zeros([64, BN], gl.float32, mma(BN))
     queries, beyond, accs = qs.index(group), zero, ()
     for j in gl.static_range(len(vs)):
-        accs += (nothing(vs[j]),)
+        accs += (nothing(vs[j].shape[2]),)
     if len(ks) > 1:
         beyond = _queries_beyond(q, start, m, count, h, QS, D, ks[0].shape[2], ks[1].shape[2])
     mbarrier.wait(q_full.index(group), 0)

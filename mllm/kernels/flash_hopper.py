@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mllm.kernels.flash_group import consume
-from mllm.kernels.hopper import TYPES, copy, descriptor, new_barriers
+from mllm.kernels.hopper import MULTIPROCESSORS, TYPES, copy, descriptor, new_barriers
 from mllm.kernels.pdl import FUSED
 
 
@@ -164,8 +164,6 @@ def flash_hopper_kernel(
             ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
-MULTIPROCESSORS = 132
-"""Of an H100 or H200, each of which runs one program at a time."""
 REGISTERS = {1: 0, 2: 240, 3: 160, 4: 112}
 """What a thread of a group may have, by their number: 65,536 less those of the warp that copies. One takes all."""
 COSTS = {Tile(2, 128, 2): 0.074, Tile(3, 128, 2): 0.062, Tile(4, 64, 4, turns=False): 0.066}

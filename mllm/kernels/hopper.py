@@ -16,6 +16,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.7 on, and in 3.6
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 """What the tensor cores multiply from shared memory."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200. The kernels' programs take a multiprocessor each."""
 
 
 @gluon.constexpr_function
@@ -25,10 +27,9 @@ def mma(columns):
 
 
 @gluon.jit
-def nothing(v):
-    """Zeros [64 columns of v]."""
-    W: gl.constexpr = v.shape[2]
-    return gl.zeros([64, W], gl.float32, mma(W))
+def nothing(columns: gl.constexpr):
+    """Zeros [64 columns], where a product is to be added."""
+    return gl.zeros([64, columns], gl.float32, mma(columns))
 
 
 @gluon.jit

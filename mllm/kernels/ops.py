@@ -18,6 +18,7 @@ NOT_FINITE = -1
 """The token that `sample` gives a row whose logits hold a NaN or an infinity."""
 
 Stream = Any  # the residual stream in a table's own form; the ops that read all of it hand it back, for the next to use
+Qkv = Any  # what the encoder's attention is made of: [X Cv], or a table's own form of it
 Heads = Any  # what attention hands to the product after it: [T A], or a table's own form of it
 Plan = Any  # what a table computes once per forward pass and uses in every layer; its own business
 
@@ -44,8 +45,8 @@ class Ops:
     cut: Callable[..., Tensor]  # pixels uint8 [height width 3], patch, merge -> patches uint8 [X U]
     patch_embed: Callable[..., Stream]  # batch, weights, config -> [X Ev]
     vision_plan: Callable[..., Plan]  # batch, config -> rotary tables and image bounds
-    layer_norm_linear: Callable[..., tuple[Stream, Tensor]]  # x, norm, norm_bias, weight, bias -> x, [X ...]
-    attend_images: Callable[..., Tensor]  # qkv [X Cv], plan -> [X Ev]
+    layer_norm_linear: Callable[..., tuple[Stream, Qkv]]  # x, norm, norm_bias, weight, bias -> x, qkv
+    attend_images: Callable[..., Tensor]  # qkv, plan -> [X Ev]
     linear_bias_add: Callable[..., Stream]  # y, weight, bias, x -> x + y @ weight.T + bias
     layer_norm_gelu: Callable[
         ..., tuple[Stream, Tensor]
