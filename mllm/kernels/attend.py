@@ -57,11 +57,13 @@ def _cut(wanted: int) -> int:
 class Unmerged(NamedTuple):
     """What the splits of one row's context left: their results [splits A], and log2 of their softmax sums [splits H].
 
-    A split that had no tokens says so with a sum of 0; its results are not to be read.
+    Those that its length [1], in tiles of so many tokens, has no work for have written nothing.
     """
 
     parts: Tensor
     sums: Tensor
+    lengths: Tensor
+    tile: int
 
 
 @state
@@ -197,18 +199,25 @@ def _merge(partial, stats, head, live, out, G: tl.constexpr, D: tl.constexpr, DP
 
 
 @triton.jit
-def merged(parts, sums, A: tl.constexpr, D: tl.constexpr, AP: tl.constexpr, SPLITS: tl.constexpr):
-    """`Unmerged` as one vector f32 [AP], zeros beyond A. D is a power of two."""
+def shares(length, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """(tokens of a row that are in the pool, tokens of a split, splits that have work: the first always has)."""
+    past = tl.maximum(length - 1, 0)  # the newest comes from qkv
+    chunk = tl.cdiv(tl.cdiv(past, SPLITS), TILE) * TILE
+    return past, chunk, tl.maximum(tl.cdiv(past, tl.maximum(chunk, 1)), 1)
+
+
+@triton.jit
+def merged(parts, sums, live, A: tl.constexpr, D: tl.constexpr, AP: tl.constexpr, SPLITS: tl.constexpr):
+    """The first `live` splits of an `Unmerged` as one vector f32 [AP], zeros beyond A. D is a power of two."""
     h = tl.arange(0, AP // D)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, D)
-    inside = (h < A // D)[:, None]
+    inside = (h < A // D)[:, None] & (s < live)[None, :]
     at = s[None, :] * (A // D) + h[:, None]  # heads first: a thread then has all splits of what it sums up
-    total = tl.load(sums + at, mask=inside, other=0.0)
+    total = tl.load(sums + at, mask=inside, other=tl.where(s == 0, 0.0, -float("inf"))[None, :])
     acc = tl.load(parts + at[:, :, None] * D + d[None, None, :], mask=inside[:, :, None], other=0.0).to(tl.float32)
     weight = tl.exp2(total - tl.max(total, 1)[:, None])
     weight /= tl.sum(weight, 1)[:, None]
-    acc = tl.where(weight[:, :, None] > 0, acc, 0.0)  # not NaN, where nothing was written
     return tl.reshape(tl.sum(acc * weight[:, :, None], 1), [AP])
 
 
@@ -227,9 +236,7 @@ def attend_kernel(
     split = tl.program_id(1)
     b = tl.program_id(2)
     launch_dependents(PDL)
-    past = tl.maximum(tl.load(lengths + b) - 1, 0)  # tokens in the pool; the newest comes from qkv
-    chunk = tl.cdiv(tl.cdiv(past, SPLITS), TILE) * TILE
-    live = tl.maximum(tl.cdiv(past, tl.maximum(chunk, 1)), 1)  # splits that have work; the first always has
+    past, chunk, live = shares(tl.load(lengths + b), SPLITS, TILE)
     begin = split * chunk
     end = tl.minimum(begin + chunk, past)
     pages += b * N
@@ -243,8 +250,6 @@ def attend_kernel(
     g = tl.arange(0, GP)
     handed = split * H + h * G + g
     if split >= live:
-        if not MERGE:
-            tl.store(stats + handed, -float("inf"), mask=g < G)
         return
     q, top, total, acc = _newest(
         qkv + b * (H + 2 * K) * D, norm_q, norm_k, cos, sin, keys, values, slots, b, h, split == 0, scale, eps, H, K, D,
@@ -309,4 +314,4 @@ def attend_(
         STAGES=split.stages, MERGE=workspace is not None, num_warps=split.warps, num_stages=split.stages,
         **options(pdl),
     )  # fmt: skip
-    return Unmerged(out, stats) if workspace is None else out
+    return Unmerged(out, stats, plan.lengths, split.tile) if workspace is None else out

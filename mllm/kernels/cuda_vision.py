@@ -102,7 +102,7 @@ def layer_norm_product(
 ) -> tuple[Stream, Tensor | Product]:
     x, y = add_norm(x, norm, norm_bias, eps=EPS)
     product = Product(y, weight, bias)
-    return x, product if tall.fits(y) else product.made()
+    return x, product if tall.fits(y) and tall.turning_pays(len(y)) else product.made()
 
 
 def attend_images(qkv: Tensor | Product, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:

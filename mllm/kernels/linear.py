@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.errors import ShapeError
-from mllm.kernels.attend import Unmerged, merged
+from mllm.kernels.attend import Unmerged, merged, shares
 from mllm.kernels.pdl import launch_dependents, options, wait
 
 
@@ -66,13 +66,15 @@ def _normalised(value, scale, eps, K: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(x, sums, norm, w, residual, y, N, eps, K: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
-                  BN: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
-                  ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def linear_kernel(
+    x, sums, lengths, norm, w, residual, y, N, eps, K: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    BN: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+    GATE: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """y [N] from x [K] and w [N K]. GATE: w [2N K] holds gate over up, and y is silu(gate) * up.
 
-    SPLITS: x and `sums` are an `Unmerged` of heads of D; else 0. What is long is kept in pieces, since the width of a
-    tensor is a power of two here.
+    SPLITS: x, `sums`, `lengths` and TILE are an `Unmerged` of heads of D; else 0. What is long is kept in pieces, since
+    the width of a tensor is a power of two here.
     """
     first = tl.program_id(0) * BN
     step = tl.num_programs(0) * BN
@@ -83,9 +85,11 @@ def linear_kernel(x, sums, norm, w, residual, y, N, eps, K: tl.constexpr, PIECE:
         tile_up = _weights(w + N * K, first + r, N, K, PIECE, PIECES)
     if NORM:
         scale = _vector(norm, K, PIECE, PIECES)
+    if SPLITS > 0:
+        _, _, live = shares(tl.load(lengths), SPLITS, TILE)
     wait(PDL)
     if SPLITS > 0:
-        value = (merged(x, sums, K, D, PIECE, SPLITS),)
+        value = (merged(x, sums, live, K, D, PIECE, SPLITS),)
     else:
         value = _vector(x, K, PIECE, PIECES)
     if NORM:
@@ -149,7 +153,7 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     if not w.is_contiguous():  # as a CPU may have it; read by rows it would give numbers, all wrong
         raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
-    parts, sums = x if isinstance(x, Unmerged) else (x, None)
+    parts, sums, lengths, token_tile = x if isinstance(x, Unmerged) else (x, None, x, 1)
     inputs = parts.shape[1]
     outputs = len(w) // 2 if gate else len(w)
     merge = sums is not None  # whose heads are laid out in one piece
@@ -157,11 +161,11 @@ def _launch(
     y = parts.new_empty(1, outputs, dtype=dtype or parts.dtype)
     loop = loop_for(outputs, inputs, gate=gate, merge=merge)
     linear_kernel[(min(loop.programs, triton.cdiv(outputs, loop.outputs)),)](
-        parts, parts if sums is None else sums, parts if norm is None else norm, w,
+        parts, parts if sums is None else sums, lengths, parts if norm is None else norm, w,
         parts if residual is None else residual, y, outputs, eps,
         K=inputs, PIECE=piece, PIECES=pieces, BN=loop.outputs, SPLITS=0 if sums is None else len(sums),
-        D=1 if sums is None else inputs // sums.shape[1], NORM=norm is not None, GATE=gate, ADD=residual is not None,
-        num_warps=loop.warps, **options(pdl),
+        TILE=token_tile, D=1 if sums is None else inputs // sums.shape[1], NORM=norm is not None, GATE=gate,
+        ADD=residual is not None, num_warps=loop.warps, **options(pdl),
     )  # fmt: skip
     return y
 

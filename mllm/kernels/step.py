@@ -146,8 +146,10 @@ def argmax(logits: Tensor, *, pdl: bool) -> Tensor:
 @triton.jit
 def advance_kernel(tokens, new, positions, slots, pages, lengths, B, N, S: tl.constexpr, BP: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
-    """One token further for every row; see `reference.advance_`."""
-    launch_dependents(PDL)
+    """One token further for every row; see `reference.advance_`.
+
+    It lets no kernel start early: those of the next step read lengths before they wait.
+    """
     wait(PDL)
     b = tl.arange(0, BP)
     row = b < B

@@ -155,12 +155,17 @@ def fits(x: Tensor) -> bool:
 def gate_pays(rows: int, outputs: int) -> bool:
     """Whether `gated` is faster than cuBLAS and a kernel after it: where its tiles fill the turns that they take."""
     tiles = triton.cdiv(rows, 128) * triton.cdiv(outputs, 128)
-    return rows >= 768 and tiles >= 0.9 * MULTIPROCESSORS * triton.cdiv(tiles, MULTIPROCESSORS)
+    return 768 <= rows <= 2048 and tiles >= 0.9 * MULTIPROCESSORS * triton.cdiv(tiles, MULTIPROCESSORS)
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
     """silu(gate) * up [M N] of x [M K] and weight [2N K], gate over up."""
     return _launch(x, weight, len(weight) // 2, tile=Tile((128,), 4))
+
+
+def turning_pays(patches: int) -> bool:
+    """Whether `turned` is faster than cuBLAS and a kernel after it, whose larger tiles win where there is much to do."""
+    return patches <= 1536
 
 
 def turned(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, *, scale: float) -> Tensor:
