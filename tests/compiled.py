@@ -49,7 +49,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def decode(model: str, rows: int, *, wide: bool) -> None:
     """Every op of the decode table once, at the shapes of a public model; of one row for short and long contexts."""
     ops = cuda.decode_ops(rows, pdl=wide)
-    for listed in (4, 32, 512) if rows == 1 else (32,):
+    for listed in (4, 16, 32, 512) if rows == 1 else (32,):
         batch = forward(model, ops, rows, rows, listed)
     ops.advance_(batch, empty(rows, dtype=torch.int32), page_size=64)
 

@@ -190,6 +190,7 @@ def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_cal
 
     broken = attrs.evolve(model, **{f"{stage}_ops": failing})
     want = mllm.generate(broken, prompts, max_new_tokens=12)
+    at_rest()  # nothing is recorded now
     before = None
     for _ in range(3):
         armed.append(True)

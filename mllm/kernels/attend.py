@@ -44,9 +44,9 @@ def split_for(rows: int, heads: int, kv_heads: int, tokens: int) -> Split:
         return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 2)
     if tokens > 12288:
         return Split(64, 64, 2, 2)
-    if tokens <= 256:  # a second tile of a split costs more than reading what many splits leave
-        return Split(2, 128, 8, 1)
-    return Split(16 if heads <= 16 or tokens > 6144 else 8, 128, 8, 1)
+    # a second tile of a split costs more than reading what twice as many splits leave
+    most = 16 if heads <= 16 or tokens > 6144 else 8
+    return Split(min(most, max(4, triton.next_power_of_2(triton.cdiv(tokens, 128)))), 128, 8, 1)
 
 
 def _cut(wanted: int) -> int:
