@@ -207,7 +207,8 @@ def _launch(
     out = q.new_empty(tokens, heads * size)
     main, rest = (size, 0) if size in (64, 128) else (64, 16)
     each = gcd(page_size, tile.keys) if paged else tile.keys
-    boxes = [descriptor(x, each, columns) for columns in (main, rest or main) for x in (keys, values)]
+    boxes = [descriptor(x, each, main) for x in (keys, values)]
+    boxes += [descriptor(x, each, rest) for x in (keys, values)] if rest else boxes
     tiles = triton.cdiv(tokens, 64 * tile.groups) + (0 if rows == 1 else rows)  # each row's last may be a part of one
     flash_hopper_kernel[(heads, tiles)](
         descriptor(q, 64, main), *boxes, q, out, indptr, lengths, pages, rows, pages.shape[-1], QS=q.stride(0),

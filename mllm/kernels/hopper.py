@@ -6,6 +6,9 @@ with 64 rows of a product on the tensor cores, run side by side and hand over by
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -53,5 +56,12 @@ def new_barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """By which `rows` by `columns` of x [... columns] are copied at once; all but its first dimension lie side by side."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[x.dtype])
-    return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns], layout)
+    return TensorDescriptor(
+        x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
+    )
+
+
+@lru_cache(maxsize=64)
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """How a tile lies in shared memory; once, as it takes longer to make than all else of a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[dtype])

@@ -181,7 +181,7 @@ def _launch(x: Tensor, weight: Tensor, outputs: int, *, tile: Tile, turn: tuple[
     rows, inputs = x.shape
     y = x.new_empty(rows, outputs)
     bias, cos, sin, scale, heads = turn or (y, y, y, 0.0, 0)
-    pieces = [descriptor(weight, n, 64) for n in tile.outputs]
+    pieces = [descriptor(weight, n, 64) for n in tile.outputs]  # one or two
     tall_kernel[(triton.cdiv(rows, 128), triton.cdiv(outputs, sum(tile.outputs)))](
         descriptor(x, 128, 64), pieces[0], pieces[-1], y, bias, cos, sin, scale, rows, outputs, inputs, heads,
         REST=sum(tile.outputs[1:]), GATE=not turn, STAGES=tile.stages, num_warps=4, **FUSED,
