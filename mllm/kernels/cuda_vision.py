@@ -42,7 +42,7 @@ class VisionPlan(State):
 def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
     """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it. `wide`: capability
     9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention of their own."""
-    product: Callable[..., tuple[Stream, Qkv]] = layer_norm_product if hopper else layer_norm_linear
+    product: Callable[..., tuple[Stream, Qkv]] = layer_norm_unmade if hopper else layer_norm_linear
     return attrs.evolve(
         ops,
         cut=patches.cut,
@@ -86,7 +86,7 @@ def layer_norm_linear(
     return x, F.linear(y, weight, bias)
 
 
-class Product(NamedTuple):
+class Unmade(NamedTuple):
     """x [X K] @ weight [N K].T + bias, not made yet: attention does it, and turns queries and keys as it goes."""
 
     x: Tensor
@@ -97,36 +97,39 @@ class Product(NamedTuple):
         return F.linear(self.x, self.weight, self.bias)
 
 
-def layer_norm_product(
+def layer_norm_unmade(
     x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Stream, Tensor | Product]:
+) -> tuple[Stream, Tensor | Unmade]:
     x, y = add_norm(x, norm, norm_bias, eps=EPS)
-    product = Product(y, weight, bias)
+    product = Unmade(y, weight, bias)
     return x, product if tall.fits(y) and tall.turning_pays(len(y)) else product.made()
 
 
-def attend_images(qkv: Tensor | Product, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
-    if isinstance(qkv, Product) and len(qkv.weight) == 3 * plan.heads * tall.HEAD:
+def attend_images(qkv: Tensor | Unmade, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
+    if isinstance(qkv, Unmade) and len(qkv.weight) == 3 * plan.heads * tall.HEAD:
         scale = tall.HEAD**-0.5 * flash.LOG2E
         q, k, v = tall.turned(qkv.x, qkv.weight, qkv.bias, plan.cos, plan.sin, scale=scale).unbind(1)
-        return _attend(q, k, v, plan, wide=wide, hopper=hopper)
-    if isinstance(qkv, Product):
+        return _attend(q, k, v, plan, tile=_hopper_tile(v), wide=wide)
+    if isinstance(qkv, Unmade):
         qkv = qkv.made()
     v = qkv.view(len(qkv), 3, plan.heads, -1)[:, 2]
-    if plan.spans and not hopper:
+    tile = _hopper_tile(v) if hopper else None
+    if plan.spans and tile is None:
         q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads)
         return _attend_each(q, k, v, plan.spans)
     q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads, scale=v.shape[2] ** -0.5 * flash.LOG2E)
-    return _attend(q, k, v, plan, wide=wide, hopper=hopper)
+    return _attend(q, k, v, plan, tile=tile, wide=wide)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
+def _hopper_tile(v: Tensor) -> flash_hopper.Tile | None:
+    return flash_hopper.image_tile(*v.shape, v.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: VisionPlan, *, tile: flash_hopper.Tile | None, wide: bool) -> Tensor:
     """[X Ev]: all images at once, within the bounds that the device knows."""
-    count, heads, size = v.shape
-    tile = flash_hopper.image_tile(count, heads, size, v.dtype) if hopper else None
     if tile is not None:
         return flash_hopper.images(q, k, v, plan.indptr, tile=tile)
-    return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(count, size, wide=wide), boxed=wide)
+    return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(len(v), v.shape[2], wide=wide), boxed=wide)
 
 
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:

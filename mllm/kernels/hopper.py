@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.7 on, and in 3.6
+copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.8 on, and before
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 """What the tensor cores multiply from shared memory."""
 MULTIPROCESSORS = 132
