@@ -122,7 +122,8 @@ def attend_images(qkv: Tensor | Unmade, plan: VisionPlan, *, wide: bool, hopper:
 
 
 def _hopper_tile(v: Tensor) -> flash_hopper.Tile | None:
-    return flash_hopper.image_tile(*v.shape, v.dtype)
+    count, heads, size = v.shape
+    return flash_hopper.image_tile(count, heads, size, v.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: VisionPlan, *, tile: flash_hopper.Tile | None, wide: bool) -> Tensor:
