@@ -75,7 +75,8 @@ def _copy(boxes, rings, full, stage, rows, column, BOX: gl.constexpr):
 def _produce(copies, S: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constexpr):
     """The warp that copies: n tiles of keys and of values, each as soon as its place is free.
 
-    The last tile of an image ends where the image does, so that nothing beyond is read.
+    The last tile of an image ends where the image does, so that nothing beyond is read: what pads a batch may be no
+    numbers. An image shorter than a tile is met by the end of the image before it, whose weights are zero.
     """
     k_boxes, v_boxes, ks, vs, full, free, start, count, pages, n, N, column = copies
     STAGES: gl.constexpr = ks[0].shape[0]
