@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -42,13 +41,12 @@ class VisionPlan(State):
 def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
     """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it. `wide`: capability
     9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention of their own."""
-    product: Callable[..., tuple[Stream, Qkv]] = layer_norm_unmade if hopper else layer_norm_linear
     return attrs.evolve(
         ops,
         cut=patches.cut,
         patch_embed=patch_embed,
         vision_plan=partial(vision_plan, captured=captured),
-        layer_norm_linear=product,
+        layer_norm_linear=partial(layer_norm_linear, hopper=hopper),
         attend_images=partial(attend_images, wide=wide, hopper=hopper),
         linear_bias_add=linear_bias_add,
         layer_norm_gelu=layer_norm_gelu,
@@ -79,13 +77,6 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool) -> V
     )
 
 
-def layer_norm_linear(
-    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Stream, Tensor]:
-    x, y = add_norm(x, norm, norm_bias, eps=EPS)
-    return x, F.linear(y, weight, bias)
-
-
 class Unmade(NamedTuple):
     """x [X K] @ weight [N K].T + bias, not made yet: attention does it, and turns queries and keys as it goes."""
 
@@ -97,12 +88,12 @@ class Unmade(NamedTuple):
         return F.linear(self.x, self.weight, self.bias)
 
 
-def layer_norm_unmade(
-    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Stream, Tensor | Unmade]:
+def layer_norm_linear(
+    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, hopper: bool = False
+) -> tuple[Stream, Qkv]:
     x, y = add_norm(x, norm, norm_bias, eps=EPS)
     product = Unmade(y, weight, bias)
-    return x, product if tall.fits(y) and tall.turning_pays(len(y)) else product.made()
+    return x, product if hopper and tall.fits(y) and tall.turning_pays(len(y)) else product.made()
 
 
 def attend_images(qkv: Tensor | Unmade, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:

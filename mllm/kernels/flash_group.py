@@ -147,7 +147,7 @@ def consume(
         fade = gl.exp2(top - new)
         total = total * fade + gl.sum(p, 1)
         top = new
-        accs = finished(coming)
+        accs = finished(coming, 0)
         mbarrier.arrive(v_free.index(last))
         accs = _times(accs, fade)
         weights = p.to(ks[0].dtype)
@@ -156,7 +156,7 @@ def consume(
     if PAGED:  # noqa: SIM102  is the compiler's; the other is the program's
         if hidden > 0:
             _clean(vs, last, BN - hidden, group, GROUPS, cleaned)
-    accs = finished(_add_values(weights, vs, last, accs))
+    accs = finished(_add_values(weights, vs, last, accs), 0)
     accs = _times(accs, 1.0 / total)
     for j in gl.static_range(len(vs)):
         first = h * D + j * accs[0].shape[1]

@@ -1,6 +1,6 @@
 """Attention of many queries on Hopper (capability 9.0): what `flash` does, with each warp group at a task of its own.
 
-A warp copies keys and values through a ring in shared memory, by tensor descriptors; two to four groups of four warps
+A warp copies keys and values through a ring in shared memory, by tensor descriptors; one to four groups of four warps
 take 64 queries each. A group's next scores and last result are on the tensor cores while it computes the softmax between
 them, and the groups take turns at handing in, so that the one's softmax runs beside the other's products. Written in
 Gluon, Triton's language for what its own compiler would not arrange.
@@ -41,8 +41,7 @@ def _add(a, b):
 def _locate(indptr, B, BP: gl.constexpr, BM: gl.constexpr):
     """(row, its first query, its queries, the first one of this program's tile in the row): a tile for each program.
 
-    Tiles are numbered row after row and taken from the end. A program for which there is none gets one that begins at
-    the row's end.
+    As `flash._locate`, which is written in the other language: neither compiler takes the one's vectors for the other's.
     """
     rows = gl.arange(0, BP, gl.BlockedLayout([1], [32], [4], [0]))
     first = gl.load(indptr + rows, mask=rows < B, other=0)
@@ -136,7 +135,7 @@ def flash_hopper_kernel(
             copy(q_box, [start + m0 + 64 * i, h * D], q_full.index(i), qs.index(i))
         task = (q, out, qs, q_full, ks, vs, full, free, turns, cleaned, start, count, m0, offset, n, h)
         copies = (k_boxes, v_boxes, ks, vs, full, free, start, count, pages, n, N, h // G * D)
-        # the compiler takes no list that is made in a loop, so each number of groups has its own
+        # the compiler takes a list only as it is written here, so each number of groups has its own
         if GROUPS == 1:
             gl.warp_specialize([
                 (consume, (task, gl.constexpr(0), GROUPS, QS, D, PAGED, TURNS)),

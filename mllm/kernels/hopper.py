@@ -36,12 +36,12 @@ def nothing(columns: gl.constexpr):
 
 
 @gluon.jit
-def finished(coming):
-    """All that is under way, when it is there."""
+def finished(coming, left: gl.constexpr):
+    """What is under way, when all but the `left` products handed in last are there."""
     if len(coming) == 1:
-        accs = (warpgroup_mma_wait(0, deps=coming),)
+        accs = (warpgroup_mma_wait(left, deps=coming),)
     else:
-        accs = warpgroup_mma_wait(0, deps=coming)
+        accs = warpgroup_mma_wait(left, deps=coming)
     return accs
 
 

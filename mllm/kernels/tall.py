@@ -13,13 +13,15 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from mllm.kernels.hopper import MULTIPROCESSORS, TYPES, copy, descriptor, finished, new_barriers, nothing
 from mllm.kernels.pdl import FUSED
 
 HEAD = 64
 """The size of the heads that `turned` rotates."""
+ROWS = 128
+"""Of a program: 64 for each of its two groups."""
 
 
 class Tile(NamedTuple):
@@ -27,6 +29,10 @@ class Tile(NamedTuple):
 
     outputs: tuple[int, ...]
     stages: int
+
+
+GATED = Tile((128,), 4)
+"""What was fastest for `gated` on an H200; the record is in `docs/performance.md`."""
 
 
 @gluon.constexpr_function
@@ -60,7 +66,7 @@ def _turned(acc, n0, m, cos, sin, scale, M, H):
     h = n0 // 64 + gl.arange(0, COUNT, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     i = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     at = m[:, None, None] * 32 + i[None, None, :]
-    inside = (m < M)[:, None, None] & (i < 32)[None, None, :]
+    inside = (m < M)[:, None, None]
     turn = (h < 2 * H)[None, :, None]
     c = gl.where(turn, gl.load(cos + at, mask=inside, other=0.0), 1.0)
     s = gl.where(turn, gl.load(sin + at, mask=inside, other=0.0), 0.0)
@@ -101,12 +107,9 @@ def _consume(task, group: gl.constexpr, GATE: gl.constexpr):
         coming = ()
         for j in gl.static_range(len(ws)):
             coming += (warpgroup_mma(rows, ws[j].index(stage).permute((1, 0)), accs[j], is_async=True),)
-        if len(ws) == 1:
-            accs = (warpgroup_mma_wait(1, deps=coming),)
-        else:
-            accs = warpgroup_mma_wait(len(ws), deps=coming)
+        accs = finished(coming, len(ws))
         mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), pred=i > 0)  # the products before have been read
-    accs = finished(accs)
+    accs = finished(accs, 0)
     m = m0 + 64 * group
     if GATE:
         _store(accs[0] * accs[1] / (1.0 + gl.exp(-accs[0])), y, m, firsts[0], M, N, x.dtype)
@@ -122,11 +125,12 @@ def tall_kernel(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """y [M N] of x [M K] and w [N K]: rotated, the bias added. GATE: w [2N K] holds gate over up, y is silu(gate) * up."""
+    BM: gl.constexpr = x_box.block_shape[0]
     BK: gl.constexpr = x_box.block_shape[1]
     W: gl.constexpr = w_box.block_shape[0]
     dtype: gl.constexpr = x_box.dtype
-    x = gl.allocate_shared_memory(dtype, [STAGES, 128, BK], x_box.layout)
-    m0 = gl.program_id(0) * 128
+    x = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], x_box.layout)
+    m0 = gl.program_id(0) * BM
     n0 = gl.program_id(1) * (W + REST)
     ws, boxes, firsts = (gl.allocate_shared_memory(dtype, [STAGES, W, BK], w_box.layout),), (w_box,), (n0,)
     if GATE:
@@ -154,13 +158,13 @@ def fits(x: Tensor) -> bool:
 
 def gate_pays(rows: int, outputs: int) -> bool:
     """Whether `gated` is faster than cuBLAS and a kernel after it: where its tiles fill the turns that they take."""
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(outputs, 128)
+    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(outputs, sum(GATED.outputs))
     return 768 <= rows <= 2048 and tiles >= 0.9 * MULTIPROCESSORS * triton.cdiv(tiles, MULTIPROCESSORS)
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
     """silu(gate) * up [M N] of x [M K] and weight [2N K], gate over up."""
-    return _launch(x, weight, len(weight) // 2, tile=Tile((128,), 4))
+    return _launch(x, weight, len(weight) // 2, tile=GATED)
 
 
 def turning_pays(patches: int) -> bool:
@@ -182,8 +186,8 @@ def _launch(x: Tensor, weight: Tensor, outputs: int, *, tile: Tile, turn: tuple[
     y = x.new_empty(rows, outputs)
     bias, cos, sin, scale, heads = turn or (y, y, y, 0.0, 0)
     pieces = [descriptor(weight, n, 64) for n in tile.outputs]  # one or two
-    tall_kernel[(triton.cdiv(rows, 128), triton.cdiv(outputs, sum(tile.outputs)))](
-        descriptor(x, 128, 64), pieces[0], pieces[-1], y, bias, cos, sin, scale, rows, outputs, inputs, heads,
+    tall_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(outputs, sum(tile.outputs)))](
+        descriptor(x, ROWS, 64), pieces[0], pieces[-1], y, bias, cos, sin, scale, rows, outputs, inputs, heads,
         REST=sum(tile.outputs[1:]), GATE=not turn, STAGES=tile.stages, num_warps=4, **FUSED,
     )  # fmt: skip
     return y
