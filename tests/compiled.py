@@ -39,7 +39,7 @@ from mllm.weights import build
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
-OPTIONS = {"num_warps", "num_stages", "launch_pdl", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion"}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -48,7 +48,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def decode(model: str, rows: int, *, wide: bool) -> None:
     """Every op of the decode table once, at the shapes of a public model; of one row for short and long contexts."""
-    ops = cuda.decode_ops(rows, pdl=wide)
+    ops = cuda.decode_ops(rows, pdl=wide, hopper=wide)
     for listed in (4, 16, 32, 512) if rows == 1 else (32,):
         batch = forward(model, ops, rows, rows, listed)
     ops.advance_(batch, empty(rows, dtype=torch.int32), page_size=64)
@@ -91,7 +91,7 @@ def vision(model: str, count: int, *, wide: bool) -> None:
     """Every op of the captured table of the encoder once."""
     config = families.preset(model)
     size = config.sizes
-    ops = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=wide)
+    ops = cuda_vision.vision_ops(REFERENCE, count, captured=True, wide=wide, hopper=wide)
     weights = build(config, lambda path, shape: empty(*shape)).vision
     pixels = patches.cut(empty(16 * 32, 16 * count // 32, 3, dtype=torch.uint8), patch=16, merge=2)
     batch = PatchBatch(
@@ -155,23 +155,28 @@ def compile_for(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[st
     """Compile one recorded launch, specialised as a real launch would be."""
     options = {k: v for k, v in kwargs.items() if k in OPTIONS}
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in OPTIONS}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def declare(value: Any, path: tuple[int, ...]) -> Any:
+        """The type of an argument, or of a part of a tuple; notes whether it is known, or a multiple of 16."""
+        if isinstance(value, tuple):
+            return tuple(declare(part, (*path, i)) for i, part in enumerate(value))
+        if kernel.params[path[0]].is_constexpr or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, TensorDescriptor | hopper.TensorDescriptor):
+            layout = f",{value.layout!r}" if isinstance(value, hopper.TensorDescriptor) else ""
+            return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}{layout}>"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return "*" + TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
     for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
-        elif isinstance(value, hopper.TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = declare(values[parameter.name], (index,))
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

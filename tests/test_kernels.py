@@ -289,21 +289,41 @@ def prompt_error(
     return max(errors)
 
 
+PRODUCTS = [(1, 64, 8), (64, 2048, 640), (130, 200, 136), (256, 1024, 1024), (300, 6144, 256), (1000, 2048, 6144)]
+"""Rows, inputs and outputs of products on Hopper: of one tile and less, of tiles in parts, of several turns of the chip."""
+
+
+def factors(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias of a product whose outputs are about 1."""
+    rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(*n, generator=generator) for n in ((rows, inputs), (outputs, inputs), (outputs,)))
+    return x.to(device, dtype), (weight * inputs**-0.5).to(device, dtype), bias.to(device, dtype)
+
+
 @pytest.mark.cuda
+@pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 64, 8), (130, 200, 136), (1000, 2048, 6144)], ids=str)
-def test_a_gate_is_closed_where_its_product_is_made(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, hopper: None
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_a_product_goes_on_with_what_follows_it(
+    shape: tuple[int, int, int], dtype: torch.dtype, pdl: bool, device: str, hopper: None
 ) -> None:
     from mllm.kernels import tall
 
-    rows, inputs, outputs = shape
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
-    weight = (torch.randn(2 * outputs, inputs, generator=generator) * inputs**-0.5).to(device, dtype)
-    gate, up = (x.double() @ weight.double().T).chunk(2, 1)
-    assert tall.fits(x)
-    assert error(tall.gated(x, weight), torch.nn.functional.silu(gate) * up) < 1e-2
+    x, weight, bias = factors(shape, dtype, device)
+    exact = x.double() @ weight.double().T
+    shifted = exact + bias.double()
+    gate, up = exact.chunk(2, 1)
+    functional = torch.nn.functional
+    for got, want in [
+        (tall.linear(x, weight, pdl=pdl), exact),
+        (tall.linear(x, weight, bias, pdl=pdl), shifted),
+        (tall.linear(x, weight, bias, gelu="tanh", pdl=pdl), functional.gelu(shifted, approximate="tanh")),
+        (tall.linear(x, weight, bias, gelu="none", pdl=pdl), functional.gelu(shifted)),
+        (tall.split(x, weight, pdl=pdl).double().sum(0), exact),
+        (tall.gated(x, weight, pdl=pdl), functional.silu(gate) * up),
+    ]:
+        assert error(got, want) < 1e-2
 
 
 @pytest.mark.cuda
@@ -314,19 +334,40 @@ def test_queries_and_keys_are_turned_where_their_product_is_made(
 ) -> None:
     from mllm.kernels import rope, tall
 
-    generator = torch.Generator().manual_seed(count)
-    x = torch.randn(count, 320, generator=generator).to(device, torch.bfloat16)
-    weight, bias = (
-        torch.randn(3 * heads * 64, 320, generator=generator) / 18,
-        torch.randn(3 * heads * 64, generator=generator),
-    )
-    angle = torch.randn(count, 32, generator=generator).to(device)
+    x, weight, bias = factors((count, 320, 3 * heads * 64), torch.bfloat16, device)
+    angle = torch.randn(count, 32, generator=torch.Generator().manual_seed(count)).to(device)
     cos, sin = angle.cos(), angle.sin()
-    weight, bias = (t.to(device, torch.bfloat16) for t in (weight, bias))
     qkv = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
     want = [*rope.rotate_heads(qkv, cos, sin, heads, scale=0.3), qkv.view(count, 3, heads, 64)[:, 2]]
     got = tall.turned(x, weight, bias, cos, sin, scale=0.3).unbind(1)
     assert max(error(a, b) for a, b in zip(got, want, strict=True)) < 1e-2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(1, 1), (16, 8), (20, 4)], ids=str)
+@pytest.mark.parametrize("count", [3, 200, 512, 1000])
+def test_keys_and_values_are_written_where_their_product_is_made(
+    count: int, heads: tuple[int, int], device: str, hopper: None
+) -> None:
+    from mllm.kernels import rope, tall
+
+    queries, kv = heads
+    x, weight, _ = factors((count, 320, (queries + 2 * kv) * 128), torch.bfloat16, device)
+    generator = torch.Generator().manual_seed(count)
+    norms = [torch.randn(128, generator=generator).to(device, torch.bfloat16) for _ in range(2)]
+    angle = torch.randn(count, 64, generator=generator).to(device)
+    slots = (8 + torch.randperm(count, generator=generator)).to(device)
+    held = []
+    for dtype, run in ((torch.bfloat16, tall.written), (torch.float32, None)):
+        pool = torch.zeros(2, 1 + count // 8 + 1, 8, kv, 128, device=device, dtype=dtype)
+        around = [t.to(dtype) for t in norms], (angle.cos(), angle.sin(), slots, *pool)
+        if run is not None:
+            q = run(x, weight, *around[0], *around[1], scale=0.3, eps=1e-6)
+        else:
+            qkv = x.float() @ weight.float().T
+            q = rope.rotate_write(qkv, *around[0], *around[1], scale=0.3, eps=1e-6)
+        held.append((q, *pool))
+    assert max(error(a, b) for a, b in zip(*held, strict=True)) < 1e-2
 
 
 @pytest.mark.parametrize("shape", [(5, 96, 48), (130, 2048, 200), (256, 4096, 64), (3, 1088, 40)], ids=str)
@@ -361,7 +402,7 @@ def test_a_merger_takes_a_stream_to_which_a_product_is_to_be_added(
         down=noise(out, joined) / 18, down_bias=noise(out),
     )  # fmt: skip
     want = reference_vision.merge(x.x + x.parts.sum(0) + bias, merger)
-    assert error(cuda_vision.merge(x, merger), want) < 1e-5
+    assert error(cuda_vision.merge(x, merger, pdl=False), want) < 1e-5
 
 
 @pytest.mark.cuda
@@ -396,3 +437,36 @@ def test_generate_on_the_gpu_gives_the_tokens_of_the_cpu(device: str) -> None:
         assert [c.tokens for c in mllm.generate(gpu, prompts, max_new_tokens=40, max_running_requests=rows)] == [
             c.tokens for c in expected
         ]
+
+
+SHAPES_OF_PRODUCTS = [(rows, n, k) for rows in (1, 65, 256, 400, 1000, 2048) for n, k in ((1024, 4096), (6144, 2048))]
+
+
+@pytest.mark.parametrize("ending", ["plain", "bias", "gelu_tanh", "parts", "gate", "turn", "heads"])
+@pytest.mark.parametrize("shape", SHAPES_OF_PRODUCTS, ids=str)
+def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, int], ending: str) -> None:
+    from mllm.kernels.tall_tiles import tile_for
+
+    rows, outputs, inputs = shape
+    tile = tile_for(ending, rows, outputs, inputs)
+    columns = sum(tile.outputs) * (2 if ending == "gate" else 1)
+    assert tile.stages * (64 * tile.groups + columns) * 64 * 2 < 227 * 1024
+    assert columns <= 256  # half of a group's registers are sums
+    assert inputs % (64 * tile.parts) == 0
+    assert ending == "parts" or tile.parts == 1
+    assert tile.programs(rows, outputs) * 64 * tile.groups * sum(tile.outputs) >= rows * outputs * tile.parts
+
+
+def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
+    from mllm.kernels.tall_tiles import pays
+
+    def x(rows: int, inputs: int = 2048, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(rows, inputs, dtype=dtype, device="meta")
+
+    assert [rows for rows in (256, 512, 640, 1024, 1100) if pays("gate", x(rows), 6144)] == [256, 512, 1024]
+    assert [rows for rows in (256, 384, 512) if pays("heads", x(rows), 4096)] == [256, 512]
+    assert [rows for rows in (256, 512, 1024) if pays("linear", x(rows, 1024), 4096)] == [256]
+    assert [rows for rows in (576, 1024, 2304) if pays("turn", x(rows, 1024), 3072)] == [576, 1024]
+    assert pays("parts", x(1000, 1024), 1024)  # few outputs
+    assert not pays("gate", x(256, dtype=torch.float32), 6144)
+    assert not pays("gate", x(256, 1028), 6144)  # rows that do not begin at 16 bytes

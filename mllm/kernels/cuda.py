@@ -1,8 +1,9 @@
 """The op tables of NVIDIA GPUs: decode steps by their number of rows, and prompts.
 
 One row: products by hand, which read their weights before the kernel ahead of them is done. A few rows: tensor cores
-with the weight as the tall side. Many, as in prompts: cuBLAS between fused elementwise kernels. Every bound is read on
-the device, so each of the tables can be recorded as a graph, but the one with FlashInfer's attention.
+with the weight as the tall side. Some hundred, on Hopper: products that do what follows them. Many: cuBLAS between fused
+elementwise kernels. Every bound is read on the device, so each of the tables can be recorded as a graph, but the one
+with FlashInfer's attention.
 """
 
 from __future__ import annotations
@@ -18,9 +19,21 @@ from torch.nn import functional as F
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
-from mllm.kernels import attend, draw, elementwise, flash, flash_hopper, linear, long_prompts, rope, skinny, step, tall
+from mllm.kernels import (
+    attend,
+    draw,
+    elementwise,
+    flash,
+    flash_hopper,
+    linear,
+    long_prompts,
+    products,
+    rope,
+    skinny,
+    step,
+)
 from mllm.kernels.attend import DecodePlan
-from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
+from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.state import State, state, tensor
@@ -28,15 +41,20 @@ from mllm.state import State, state, tensor
 SKINNY_ROWS = 128
 """Rows of a decode step up to which the products of `skinny` beat cuBLAS on an H200, since they keep its chain whole;
 the record is in `docs/performance.md`."""
+CHAINED_ROWS = range(33, 257)
+"""Rows of a decode step for which the products of `tall` beat both on Hopper; the same."""
 SKINNY_TOKENS = 64
-"""The same for the tokens of a prompt, where there is no chain."""
+"""Tokens of a prompt up to which the products of `skinny` beat the others; the same."""
+CHAINED_TOKENS = 2048
+"""Tokens up to which a prompt's kernels are a chain on Hopper; beyond, they outlast their launches."""
 FLASH_TOKENS = 2048
 """Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same. `flash_hopper` beats both."""
-Product = Callable[..., Tensor]  # y [T K], weight [N K] -> [T N], gated [T N/2], or in parts [... T N]
+Product = Callable[..., Any]  # y [T K], weight [N K] -> [T N], gated [T N/2], in parts [... T N], or unmade
 
 
-def decode_ops(rows: int, *, pdl: bool) -> Ops:
-    """The table for decode steps of `rows` rows; `pdl`: programmatic dependent launch, from capability 9.0 on."""
+def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
+    """The table for decode steps of `rows` rows; `pdl`: programmatic dependent launch, from capability 9.0 on; `hopper`:
+    9.0 itself, whose tensor cores have products of their own."""
     ops = attrs.evolve(
         REFERENCE,
         embed=partial(step.embed, pdl=pdl),
@@ -53,38 +71,52 @@ def decode_ops(rows: int, *, pdl: bool) -> Ops:
             norm_gate=partial(linear.norm_gate, pdl=pdl),
             head=partial(linear.head, pdl=pdl),
         )
-    few = rows <= SKINNY_ROWS
-    chain = pdl and few  # cuBLAS would break it
-    return attrs.evolve(ops, **_products(few, pdl=chain), head=partial(_head, every=True, pdl=chain))
+    chained = hopper and rows in CHAINED_ROWS
+    few = rows <= SKINNY_ROWS and not chained
+    chain = chained or (pdl and few)  # cuBLAS would break it
+    return attrs.evolve(
+        ops,
+        **(_skinny(pdl=chain) if few else _products(pdl=chain)),
+        head=partial(_head, every=True, pdl=chain),
+    )
 
 
 def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = False) -> Ops:
     """The table for prompts of `tokens` tokens in all; `wide`: capability 9.0 and up, with its larger tiles; `hopper`:
-    9.0 itself, whose tensor cores have an attention of their own.
+    9.0 itself, whose tensor cores have an attention and products of their own.
 
     `fa3`: where that one doesn't serve, more than `FLASH_TOKENS` at once go to FlashInfer, and then their bounds are read
     on the host.
     """
+    few = tokens <= SKINNY_TOKENS
+    chained = hopper and not few and tokens <= CHAINED_TOKENS
+    pdl = chained or (wide and few)
     return attrs.evolve(
         REFERENCE,
-        plan=partial(_prompt_plan, fa3=fa3),
-        attend_=partial(_attend_prompts, wide=wide, hopper=hopper),
+        embed=partial(step.embed, pdl=pdl),
+        plan=partial(_prompt_plan, fa3=fa3, pdl=pdl),
+        attend_=partial(_attend_prompts, wide=wide, hopper=hopper, pdl=pdl),
         put_=elementwise.put_,
         add_=elementwise.add_,
-        sample=partial(_sample, pdl=False),
-        **_products(tokens <= SKINNY_TOKENS, pdl=False, hopper=hopper),
-        head=partial(_head, every=False, pdl=False),
+        sample=partial(_sample, pdl=pdl),
+        **(_skinny(pdl=pdl) if few else _products(pdl=pdl, unmade=chained)),
+        head=partial(_head, every=False, pdl=pdl),
     )
 
 
-def _products(few: bool, *, pdl: bool, hopper: bool = False) -> dict[str, Callable[..., Any]]:
+def _skinny(*, pdl: bool) -> dict[str, Callable[..., Any]]:
+    product = partial(skinny.linear, pdl=pdl)
+    return _around(product, partial(product, gate=True), partial(product, parts=True), pdl=pdl)
+
+
+def _products(*, pdl: bool, unmade: bool = False) -> dict[str, Callable[..., Any]]:
+    """`unmade`: queries, keys and values are made by attention."""
+    product = products.Unmade if unmade else partial(products.linear, pdl=pdl)
+    return _around(product, partial(products.gated, pdl=pdl), partial(products.split, pdl=pdl), pdl=pdl)
+
+
+def _around(product: Product, gated: Product, parts: Product, *, pdl: bool) -> dict[str, Callable[..., Any]]:
     """The ops around the products of a layer; those that end in the residual stream stay pending for the next norm."""
-    product: Product = F.linear
-    gated: Product = partial(_gated, hopper=hopper)
-    parts: Product = split_linear
-    if few:
-        product = partial(skinny.linear, pdl=pdl)
-        gated, parts = partial(product, gate=True), partial(product, parts=True)
     return {
         "norm_linear": partial(_after_norm, product=product, pdl=pdl),
         "norm_gate": partial(_after_norm, product=gated, pdl=pdl),
@@ -94,15 +126,9 @@ def _products(few: bool, *, pdl: bool, hopper: bool = False) -> dict[str, Callab
 
 def _after_norm(
     x: Stream, norm: Tensor, weight: Tensor, *, eps: float, product: Product, pdl: bool
-) -> tuple[Stream, Tensor]:
+) -> tuple[Stream, Any]:
     x, y = add_norm(x, norm, eps=eps, pdl=pdl)
     return x, product(y, weight)
-
-
-def _gated(y: Tensor, weight: Tensor, *, hopper: bool) -> Tensor:
-    if hopper and tall.fits(y) and tall.gate_pays(len(y), len(weight) // 2):
-        return tall.gated(y, weight)
-    return elementwise.gate(F.linear(y, weight))
 
 
 def _head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, every: bool, pdl: bool) -> Tensor:
@@ -150,9 +176,9 @@ class PromptPlan(State):
 
 
 def _prompt_plan(
-    batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, fa3: bool
+    batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, fa3: bool, pdl: bool
 ) -> PromptPlan:
-    cos, sin = _rotary(batch, config, pdl=False)
+    cos, sin = _rotary(batch, config, pdl=pdl)
     attend = None
     ours = flash_hopper.fits(config.head_dim, page_size, dtype)
     if fa3 and not ours and len(batch.tokens) > FLASH_TOKENS and dtype != torch.float32:
@@ -164,20 +190,20 @@ def _prompt_plan(
 
 
 def _attend_prompts(
-    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: PromptPlan, keys: Tensor, values: Tensor, *, eps: float,
-    wide: bool, hopper: bool,
+    qkv: Tensor | products.Unmade, q_norm: Tensor, k_norm: Tensor, plan: PromptPlan, keys: Tensor, values: Tensor, *,
+    eps: float, wide: bool, hopper: bool, pdl: bool,
 ) -> Tensor:  # fmt: skip
     page_size, _, size = keys.shape[1:]
-    q = rope.rotate_write(
-        qkv, q_norm, k_norm, plan.cos, plan.sin, plan.slots, keys, values, scale=size**-0.5 * flash.LOG2E, eps=eps
-    )
+    around = (q_norm, k_norm, plan.cos, plan.sin, plan.slots, keys, values)
+    q = products.written(qkv, *around, scale=size**-0.5 * flash.LOG2E, eps=eps, pdl=pdl)
     if plan.attend is not None:
         return plan.attend(q, keys, values)
-    ours = flash_hopper.prompt_tile(len(q) // len(plan.lengths), size, page_size, q.dtype) if hopper else None
+    each = len(q) // len(plan.lengths)
+    ours = flash_hopper.prompt_tile(each, size, page_size, q.dtype, chained=pdl) if hopper else None
     if ours is not None:
-        return flash_hopper.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=ours)
+        return flash_hopper.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=ours, pdl=pdl)
     tile = flash.tile_for(len(q), size, wide=wide)
-    return flash.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=tile)
+    return flash.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=tile, pdl=pdl)
 
 
 def _rotary(batch: ForwardBatch, config: TextConfig, *, pdl: bool) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""The op table of NVIDIA GPUs for the vision encoder: cuBLAS with its epilogues, fused kernels between the products."""
+"""The op tables of NVIDIA GPUs for the vision encoder: products with what follows them, fused kernels between them."""
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import attrs
 import torch
@@ -13,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels import flash, flash_hopper, patches, rope, tall
-from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
+from mllm.kernels import flash, flash_hopper, patches, products, rope
+from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops, Qkv
 from mllm.kernels.reference_vision import EPS
 from mllm.state import State, state, tensor
@@ -22,6 +21,10 @@ from mllm.weights import Merger, TapMerger, VisionWeights
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """Of PyTorch's attention, best first: cuDNN's is 1.5 times as fast as the next on an H200, and Orin's has none."""
+
+
+CHAINED_PATCHES = 1536
+"""Patches up to which the encoder's kernels are a chain on Hopper; beyond, they outlast their launches."""
 
 
 @state
@@ -38,19 +41,21 @@ class VisionPlan(State):
     heads: int
 
 
-def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
-    """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it. `wide`: capability
-    9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention of their own."""
+def vision_ops(ops: Ops, count: int = 2**31, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
+    """`ops` with the encoder's, for so many patches in all. `captured`: nothing is read on the host, so that a graph can
+    hold it. `wide`: capability 9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention and products of their
+    own."""
+    pdl = hopper and count <= CHAINED_PATCHES
     return attrs.evolve(
         ops,
         cut=patches.cut,
         patch_embed=patch_embed,
         vision_plan=partial(vision_plan, captured=captured),
-        layer_norm_linear=partial(layer_norm_linear, hopper=hopper),
-        attend_images=partial(attend_images, wide=wide, hopper=hopper),
-        linear_bias_add=linear_bias_add,
-        layer_norm_gelu=layer_norm_gelu,
-        merge=merge,
+        layer_norm_linear=partial(layer_norm_linear, pdl=pdl),
+        attend_images=partial(attend_images, wide=wide, hopper=hopper, pdl=pdl),
+        linear_bias_add=partial(linear_bias_add, pdl=pdl),
+        layer_norm_gelu=partial(layer_norm_gelu, pdl=pdl),
+        merge=partial(merge, pdl=pdl),
     )
 
 
@@ -77,51 +82,27 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool) -> V
     )
 
 
-class Unmade(NamedTuple):
-    """x [X K] @ weight [N K].T + bias, not made yet: attention does it, and turns queries and keys as it goes."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def made(self) -> Tensor:
-        return F.linear(self.x, self.weight, self.bias)
-
-
 def layer_norm_linear(
-    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, hopper: bool = False
+    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, pdl: bool
 ) -> tuple[Stream, Qkv]:
-    x, y = add_norm(x, norm, norm_bias, eps=EPS)
-    product = Unmade(y, weight, bias)
-    return x, product if hopper and tall.fits(y) and tall.turning_pays(len(y)) else product.made()
+    x, y = add_norm(x, norm, norm_bias, eps=EPS, pdl=pdl)
+    product = products.Unmade(y, weight, bias)
+    return x, product if pdl else product.made(pdl=False)
 
 
-def attend_images(qkv: Tensor | Unmade, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
-    if isinstance(qkv, Unmade) and len(qkv.weight) == 3 * plan.heads * tall.HEAD:
-        scale = tall.HEAD**-0.5 * flash.LOG2E
-        q, k, v = tall.turned(qkv.x, qkv.weight, qkv.bias, plan.cos, plan.sin, scale=scale).unbind(1)
-        return _attend(q, k, v, plan, tile=_hopper_tile(v), wide=wide)
-    if isinstance(qkv, Unmade):
-        qkv = qkv.made()
-    v = qkv.view(len(qkv), 3, plan.heads, -1)[:, 2]
-    tile = _hopper_tile(v) if hopper else None
-    if plan.spans and tile is None:
-        q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads)
+def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool, pdl: bool) -> Tensor:
+    x, width = (qkv.x, len(qkv.weight)) if isinstance(qkv, products.Unmade) else (qkv, qkv.shape[1])
+    count, heads = len(x), plan.heads
+    size = width // (3 * heads)
+    tile = flash_hopper.image_tile(count, heads, size, x.dtype, chained=pdl) if hopper else None
+    each = bool(plan.spans) and tile is None
+    scale = 1.0 if each else size**-0.5 * flash.LOG2E
+    q, k, v = products.turned(qkv, plan.cos, plan.sin, heads, scale=scale, pdl=pdl)
+    if each:
         return _attend_each(q, k, v, plan.spans)
-    q, k = rope.rotate_heads(qkv, plan.cos, plan.sin, plan.heads, scale=v.shape[2] ** -0.5 * flash.LOG2E)
-    return _attend(q, k, v, plan, tile=tile, wide=wide)
-
-
-def _hopper_tile(v: Tensor) -> flash_hopper.Tile | None:
-    count, heads, size = v.shape
-    return flash_hopper.image_tile(count, heads, size, v.dtype)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, plan: VisionPlan, *, tile: flash_hopper.Tile | None, wide: bool) -> Tensor:
-    """[X Ev]: all images at once, within the bounds that the device knows."""
     if tile is not None:
-        return flash_hopper.images(q, k, v, plan.indptr, tile=tile)
-    return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(len(v), v.shape[2], wide=wide), boxed=wide)
+        return flash_hopper.images(q, k, v, plan.indptr, tile=tile, pdl=pdl)
+    return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(count, size, wide=wide), boxed=wide, pdl=pdl)
 
 
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
@@ -135,22 +116,23 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Stream:
-    return Pending(x, split_linear(y, weight), bias)
+def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, pdl: bool) -> Stream:
+    return Pending(x, products.split(y, weight, pdl=pdl), bias)
 
 
-def layer_norm_gelu(x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Stream, Tensor]:
-    """The tanh form of GELU is an epilogue of cuBLAS."""
-    x, y = add_norm(x, norm, norm_bias, eps=EPS)
-    return x, torch._addmm_activation(bias, y, weight.T, use_gelu=True)
+def layer_norm_gelu(
+    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, pdl: bool
+) -> tuple[Stream, Tensor]:
+    x, y = add_norm(x, norm, norm_bias, eps=EPS, pdl=pdl)
+    return x, products.linear(y, weight, bias, gelu="tanh", pdl=pdl)
 
 
-def merge(x: Stream, weights: Merger | TapMerger) -> Tensor:
+def merge(x: Stream, weights: Merger | TapMerger, *, pdl: bool) -> Tensor:
     joined = weights.up.shape[1]
     if isinstance(x, Pending) and len(weights.norm) == joined:  # neighbours are joined first, so they are added first
         x = x.joined(joined)
     elif not isinstance(x, Pending):
         x = x.view(-1, len(weights.norm))
-    y = add_norm(x, weights.norm, weights.norm_bias, eps=EPS)[1]
-    y = F.gelu(F.linear(y.view(-1, joined), weights.up, weights.up_bias))  # exact, unlike the blocks'
-    return F.linear(y, weights.down, weights.down_bias)
+    y = add_norm(x, weights.norm, weights.norm_bias, eps=EPS, pdl=pdl)[1].view(-1, joined)
+    y = products.linear(y, weights.up, weights.up_bias, gelu="none", pdl=pdl)  # exact, unlike the blocks'
+    return products.linear(y, weights.down, weights.down_bias, pdl=pdl)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mllm.kernels.pdl import FUSED
+from mllm.kernels.pdl import launch_dependents, options, wait
 
 LOG2E = 1.4426950408889634
 
@@ -152,7 +152,7 @@ def flash_kernel(
     q, keys, values, k_box, v_box, k_rest_box, v_rest_box, out, indptr, lengths, pages, B, N, T,
     QS: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     REST: tl.constexpr, S: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGED: tl.constexpr,
-    ONE: tl.constexpr, BOXED: tl.constexpr,
+    ONE: tl.constexpr, BOXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T H*D] of q [T H D], already times the scale; row b has queries indptr[b] to indptr[b + 1].
 
@@ -161,6 +161,7 @@ def flash_kernel(
     where D is more, REST beside them. BOXED: whole tiles of those are copied by the descriptors of the tensors; what
     they hold beyond D is of the next head, and is met by zeros of q.
     """
+    launch_dependents(PDL)
     h = tl.program_id(0)
     b, start, count, m0 = _locate(indptr, B, BP, BM, ONE)
     length = count
@@ -176,6 +177,7 @@ def flash_kernel(
     live = m < count
     given = m < T if ONE else live  # of one row also what pads the batch: it is loaded while the count is
     rows = (start + m).to(tl.int64)
+    wait(PDL)
     tile = _columns(q + h * D, rows * QS, given, 0, W, D, True)
     tile_rest = _columns(q + h * D, rows * QS, given, W, REST, D, True) if REST > 0 else tile
     length = tl.where(m0 < count, length, 0)  # a program without a tile goes over no keys: to return, it had to wait
@@ -204,6 +206,7 @@ def _width(size: int) -> tuple[int, int]:
 def _launch(
     q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *,
     strides: tuple[int, int, int], group: int, page_size: int, paged: bool, tile: Tile, boxes: tuple[Any, ...] = (),
+    pdl: bool,
 ) -> Tensor:  # fmt: skip
     tokens, heads, size = q.shape
     rows = len(indptr) - 1
@@ -216,7 +219,7 @@ def _launch(
         q, keys, values, *(boxes or (keys, values, keys, values)), out, indptr, lengths, pages, rows, pages.shape[-1],
         tokens, QS=strides[0], KS=strides[1], VS=strides[2], G=group, D=size, W=main, REST=rest, S=page_size,
         BP=triton.next_power_of_2(rows), BM=tile.queries, BN=tile.keys, PAGED=paged, ONE=one, BOXED=bool(boxes),
-        num_warps=tile.warps, num_stages=stages, **FUSED,
+        num_warps=tile.warps, num_stages=stages, **options(pdl),
     )  # fmt: skip
     return out
 
@@ -233,18 +236,21 @@ def tile_for(tokens: int, size: int, *, wide: bool) -> Tile:
 
 
 def prompts(
-    q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *, tile: Tile
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *, tile: Tile,
+    pdl: bool = False,
+) -> Tensor:  # fmt: skip
     """[T A] of q [T H D]: every token attends to those before it in its row, over the pool [P S K D]."""
     page_size, kv_heads, size = keys.shape[1:]
     heads = q.shape[1]
     return _launch(
         q, keys, values, indptr, lengths, pages, strides=(heads * size, kv_heads * size, kv_heads * size),
-        group=heads // kv_heads, page_size=page_size, paged=True, tile=tile,
+        group=heads // kv_heads, page_size=page_size, paged=True, tile=tile, pdl=pdl,
     )  # fmt: skip
 
 
-def images(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile, boxed: bool = False) -> Tensor:
+def images(
+    q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile, boxed: bool = False, pdl: bool = False
+) -> Tensor:
     """[X Ev] of q, k, v [X heads Dv], whose heads lie side by side: every patch attends to all of its image.
 
     `boxed`: by tensor descriptors, from capability 9.0 on, where the size of a head is no power of two. Those are copied
@@ -256,7 +262,7 @@ def images(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile, boxed
         boxes = tuple(_box(x, tile.keys, columns) for columns in (main, rest) for x in (k, v))
     return _launch(
         q, k, v, indptr, indptr, indptr, strides=(q.stride(0), k.stride(0), v.stride(0)), group=1, page_size=1,
-        paged=False, tile=tile, boxes=boxes,
+        paged=False, tile=tile, boxes=boxes, pdl=pdl,
     )  # fmt: skip
 
 

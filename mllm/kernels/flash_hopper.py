@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mllm.kernels.flash_group import consume
 from mllm.kernels.hopper import MULTIPROCESSORS, TYPES, copy, descriptor, new_barriers
-from mllm.kernels.pdl import FUSED
+from mllm.kernels.pdl import launch_dependents, options, wait
 
 
 class Tile(NamedTuple):
@@ -103,10 +103,11 @@ def flash_hopper_kernel(
     q_box, k_box, v_box, k_rest_box, v_rest_box, q, out, indptr, lengths, pages, B, N,
     QS: gl.constexpr, G: gl.constexpr, D: gl.constexpr, REST: gl.constexpr, S: gl.constexpr, BP: gl.constexpr,
     BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """As `flash_kernel`, by descriptors of all tokens, a head's columns beside each other. BOX: tokens of a descriptor,
     which for PAGED lie in one page. TURNS: the groups take turns."""
+    launch_dependents(PDL)
     BM: gl.constexpr = 64 * GROUPS
     W: gl.constexpr = k_box.block_shape[1]
     dtype: gl.constexpr = q_box.dtype
@@ -130,6 +131,7 @@ def flash_hopper_kernel(
         full = (new_barriers(STAGES, 1), new_barriers(STAGES, 1))
         free = (new_barriers(STAGES, GROUPS), new_barriers(STAGES, GROUPS))
         q_full, turns, cleaned = new_barriers(GROUPS, 1), new_barriers(GROUPS, 1), new_barriers(1, GROUPS).index(0)
+        wait(PDL)  # and so do the other warps, which start from here
         for i in gl.static_range(GROUPS):
             mbarrier.expect(q_full.index(i), 64 * W * 2)
             copy(q_box, [start + m0 + 64 * i, h * D], q_full.index(i), qs.index(i))
@@ -170,14 +172,18 @@ COSTS = {Tile(2, 128, 2): 0.074, Tile(3, 128, 2): 0.062, Tile(4, 64, 4, turns=Fa
 """Nanoseconds that a query takes for each key, measured with heads of 64: the more groups, the fewer keys are copied."""
 
 
-def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype) -> Tile | None:
+SHORT = Tile(1, 64, 4)
+"""For what is over so soon that small programs are best, of images with heads of 64 and prompts; in a chain."""
+
+
+def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype, *, chained: bool) -> Tile | None:
     """What was fastest on an H200 for one image; None where `flash` serves. The record is in `docs/performance.md`."""
     if dtype not in TYPES or not (size in (64, 128) or (64 < size <= 80 and size % 8 == 0)):
         return None
     if size > 64:
         return Tile(1, 128, 2) if patches <= 512 and size < 128 else Tile(2, 128, 2)
     if patches <= 768:
-        return None
+        return SHORT if chained else None
 
     def duration(tile: Tile) -> float:
         queries = 64 * tile.groups
@@ -186,10 +192,12 @@ def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype) -> Tile 
     return min(COSTS, key=duration)
 
 
-def prompt_tile(tokens: int, size: int, page_size: int, dtype: torch.dtype) -> Tile | None:
+def prompt_tile(tokens: int, size: int, page_size: int, dtype: torch.dtype, *, chained: bool) -> Tile | None:
     """The same for prompts of so many tokens each."""
-    if not fits(size, page_size, dtype) or tokens <= 384:
+    if not fits(size, page_size, dtype):
         return None
+    if tokens <= 384:
+        return SHORT if chained else None
     return Tile(1 if tokens <= 768 else 2, 128, 2)
 
 
@@ -200,7 +208,7 @@ def fits(size: int, page_size: int, dtype: torch.dtype) -> bool:
 
 def _launch(
     q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *, page_size: int,
-    paged: bool, tile: Tile,
+    paged: bool, tile: Tile, pdl: bool,
 ) -> Tensor:  # fmt: skip
     tokens, heads, size = q.shape
     rows = len(indptr) - 1
@@ -214,19 +222,20 @@ def _launch(
         descriptor(q, 64, main), *boxes, q, out, indptr, lengths, pages, rows, pages.shape[-1], QS=q.stride(0),
         G=heads // keys.shape[1], D=size, REST=rest, S=page_size, BP=max(32, triton.next_power_of_2(rows)), BN=tile.keys,
         GROUPS=tile.groups, STAGES=tile.stages, BOX=each, PAGED=paged, TURNS=tile.turns and tile.groups > 1,
-        REGISTERS=REGISTERS[tile.groups], num_warps=4, **FUSED,
+        REGISTERS=REGISTERS[tile.groups], num_warps=4, **options(pdl),
     )  # fmt: skip
     return out
 
 
-def images(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile) -> Tensor:
+def images(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, *, tile: Tile, pdl: bool = False) -> Tensor:
     """As `flash.images`: [X Ev] of q, k, v [X heads Dv], of 16 bits, with the queries times scale and log2(e)."""
-    return _launch(q, k, v, indptr, indptr, indptr, page_size=1, paged=False, tile=tile)
+    return _launch(q, k, v, indptr, indptr, indptr, page_size=1, paged=False, tile=tile, pdl=pdl)
 
 
 def prompts(
-    q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *, tile: Tile
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, indptr: Tensor, lengths: Tensor, pages: Tensor, *, tile: Tile,
+    pdl: bool = False,
+) -> Tensor:  # fmt: skip
     """As `flash.prompts`: [T A] of q [T H D] over the pool [P S K D], of 16 bits; a `Tile` of one or two groups."""
     keys, values, page_size = keys.flatten(0, 1), values.flatten(0, 1), keys.shape[1]
-    return _launch(q, keys, values, indptr, lengths, pages, page_size=page_size, paged=True, tile=tile)
+    return _launch(q, keys, values, indptr, lengths, pages, page_size=page_size, paged=True, tile=tile, pdl=pdl)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.kernels import rotary
-from mllm.kernels.pdl import FUSED
+from mllm.kernels.pdl import FUSED, launch_dependents, options, wait
 
 
 @lru_cache(maxsize=16)
@@ -45,12 +45,15 @@ def _store(out, at, mask, a, b, c, s, scale, HALF: tl.constexpr):
 def rotate_write_kernel(
     qkv, q_norm, k_norm, cos, sin, slots, q, keys, values, scale, eps,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, PP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token t: q [T H D] normalised, rotated and scaled; keys and values [slots K D] of it at slots[t]."""
+    launch_dependents(PDL)
     t = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = D // 2
     i = tl.arange(0, PP)
     inside = i < HALF
+    wait(PDL)
     row = qkv + t * (H + 2 * K) * D
     slot = tl.load(slots + t) * K * D
     c = tl.load(cos + t * HALF + i, mask=inside, other=0.0)[None, :]
@@ -72,7 +75,7 @@ def rotate_write_kernel(
 
 def rotate_write(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor,
-    *, scale: float, eps: float,
+    *, scale: float, eps: float, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """q [T H D], times `scale`, of qkv [T C]; writes `keys` and `values` [P S K D] at slots [T]."""
     tokens, width = qkv.shape
@@ -82,32 +85,36 @@ def rotate_write(
     rotate_write_kernel[(tokens,)](
         qkv, q_norm, k_norm, cos, sin, slots, q, keys, values, scale, eps,
         H=heads, K=kv_heads, D=size, HP=triton.next_power_of_2(heads), KP=triton.next_power_of_2(kv_heads),
-        PP=triton.next_power_of_2(size // 2), **FUSED,
+        PP=triton.next_power_of_2(size // 2), **options(pdl),
     )  # fmt: skip
     return q
 
 
 @triton.jit
 def rotate_heads_kernel(qkv, cos, sin, out, scale, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr,
-                        PP: tl.constexpr):  # fmt: skip
+                        PP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One patch: its queries, times scale, and keys of qkv [X 3 H D], rotated, to out [X 2 H D]."""
+    launch_dependents(PDL)
     x = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = D // 2
     i = tl.arange(0, PP)
+    wait(PDL)
     c = tl.load(cos + x * HALF + i, mask=i < HALF, other=0.0)[None, :]
     s = tl.load(sin + x * HALF + i, mask=i < HALF, other=0.0)[None, :]
     a, b, at, mask = _heads(qkv + x * 3 * H * D, 2 * H, HALF, HP, PP)
     _store(out + x * 2 * H * D, at, mask, a, b, c, s, tl.where(tl.arange(0, HP) < H, scale, 1.0)[:, None], HALF)
 
 
-def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def rotate_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, scale: float = 1.0, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
     """Queries, times `scale`, and keys [X heads Dv] of qkv [X Cv], rotated: views of one new tensor."""
     count, width = qkv.shape
     size = width // (3 * heads)
     out = qkv.new_empty(count, 2, heads, size)
     rotate_heads_kernel[(count,)](
         qkv, cos, sin, out, scale, H=heads, D=size, HP=triton.next_power_of_2(2 * heads),
-        PP=triton.next_power_of_2(size // 2), **FUSED,
+        PP=triton.next_power_of_2(size // 2), **options(pdl),
     )  # fmt: skip
     return out[:, 0], out[:, 1]
 

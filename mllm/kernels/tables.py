@@ -38,7 +38,8 @@ def tables_for(device: str | torch.device, dtype: torch.dtype) -> Tables:
     if kind != "cuda":
         raise MissingPackageError(f"no kernels for device {kind!r}; there are tables for cpu, cuda")
     capability = torch.cuda.get_device_capability(device)
-    return _cuda_tables(wide=capability >= (9, 0), hopper=capability[0] == 9)
+    hopper = capability[0] == 9 and dtype in (torch.bfloat16, torch.float16)  # which its tensor cores take
+    return _cuda_tables(wide=capability >= (9, 0), hopper=hopper)
 
 
 @lru_cache(maxsize=1)
@@ -50,18 +51,17 @@ def _compiled_tables() -> Tables:
     return Tables(ops=PROMPT, decode_ops=lambda rows: DECODE)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _cuda_tables(*, wide: bool, hopper: bool) -> Tables:
     try:
         from mllm.kernels import cuda, cuda_vision  # need Triton, which machines without a GPU need not have
     except ImportError as error:
         raise MissingPackageError(f"CUDA devices need {error.name}: pip install 'mllm-runtime[cuda]'") from None
-    captured = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=hopper)
     prompts = partial(cuda.prompt_ops, wide=wide, hopper=hopper)
     general = cuda_vision.vision_ops(prompts(2**31, fa3=hopper), captured=False, wide=wide, hopper=hopper)
     return Tables(
         ops=general,
-        decode_ops=partial(cuda.decode_ops, pdl=wide),
+        decode_ops=partial(cuda.decode_ops, pdl=wide, hopper=hopper),
         prompt_ops=prompts,
-        vision_ops=lambda patches: captured,
+        vision_ops=partial(cuda_vision.vision_ops, REFERENCE, captured=True, wide=wide, hopper=hopper),
     )

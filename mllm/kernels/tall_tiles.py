@@ -1,0 +1,87 @@
+"""Which tiles `tall` takes for a product, and where it is faster than cuBLAS. Pure functions of shapes, by what was
+measured on an H200; the record is in `docs/performance.md`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mllm.kernels.hopper import MULTIPROCESSORS, TYPES
+
+HEAD = 128
+"""The size of the heads of a decoder that are normalised, rotated and written where they are made."""
+TURNED_HEAD = 64
+"""The same for those of an encoder, which are rotated."""
+FEW = 256
+"""Rows up to which starting and ending is so much of a product that it is ours."""
+WORK = 2**31
+"""Multiplications of a product of few outputs up to which the same holds; cuBLAS leaves most of the chip idle there."""
+TURNED_ROWS = 1536
+"""Patches up to which rotating in the product's kernel beats cuBLAS's larger tiles and a kernel after it."""
+FULL = 0.94
+"""Share of the programs' tiles, turns of the chip begun included, that must be outputs for ours to be faster elsewhere."""
+
+
+class Tile(NamedTuple):
+    """Groups of a program, with 64 rows each; its outputs, as powers of two side by side; tiles of inputs in flight; parts
+    that the inputs are split into, each by programs of its own."""
+
+    groups: int
+    outputs: tuple[int, ...]
+    stages: int
+    parts: int = 1
+
+    def programs(self, rows: int, outputs: int) -> int:
+        return -(-rows // (64 * self.groups)) * -(-outputs // sum(self.outputs)) * self.parts
+
+    def turns(self, rows: int, outputs: int) -> int:
+        """Of the chip, a multiprocessor for each program."""
+        return -(-self.programs(rows, outputs) // MULTIPROCESSORS)
+
+
+TILES = {
+    "heads": (Tile(1, (128,), 8), Tile(2, (128,), 6)),
+    "turn": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(2, (128,), 6), Tile(2, (128, 64), 5)),
+    "gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(2, (128,), 4)),
+    "few gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(1, (64, 32), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
+    "other": (Tile(2, (64,), 8), Tile(2, (64, 32), 7), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
+}
+"""By what ends a product. "few gate": up to `FEW` rows; beyond, programs of 96 outputs wait for the L2 cache."""
+
+
+@lru_cache(maxsize=1024)
+def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
+    """The tile for which the chip's turns read least: what a turn takes is mostly what its programs read from L2."""
+    gate = ending == "gate"
+    parts = [1]
+    if ending == "parts":
+        least = 1024 if rows <= 128 else 1536  # inputs of a part: the norm that adds them up reads them all
+        parts += [n for n in (2, 4) if inputs % (64 * n) == 0 and inputs // n >= least]
+
+    def read(tile: Tile) -> int:
+        each = 64 * tile.groups + sum(tile.outputs) * (2 if gate else 1)
+        return tile.turns(rows, outputs) * each * inputs // tile.parts
+
+    tiles = TILES.get("few gate" if gate and rows <= FEW else ending, TILES["other"])
+    return min((tile._replace(parts=n) for tile in tiles for n in parts), key=read)
+
+
+def pays(ending: str, x: Tensor, outputs: int) -> bool:
+    """Whether `tall` is faster than cuBLAS, with what it needs after it, for x [M K] and so many outputs; False also where
+    `tall` can't take x."""
+    rows, inputs = x.shape
+    if x.dtype not in TYPES or inputs % 8:  # what tensor cores take from shared memory, and descriptors copy
+        return False
+    if ending == "turn":
+        return rows <= TURNED_ROWS
+    if rows <= FEW:
+        return True
+    if ending == "parts" and rows * outputs * inputs <= WORK:
+        return True
+    if ending not in ("heads", "gate", "parts"):  # cuBLAS has the others' endings too
+        return False
+    tile = tile_for(ending, rows, outputs, inputs)
+    area = 64 * tile.groups * sum(tile.outputs)
+    return rows * outputs * tile.parts >= FULL * tile.turns(rows, outputs) * MULTIPROCESSORS * area
