@@ -8,6 +8,7 @@ a new shape of an op needs no entry here, only a call in `CALLS`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -46,17 +47,17 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def decode(model: str, rows: int, *, wide: bool) -> None:
+def decode(model: str, rows: int, *, wide: bool, hopper: bool) -> None:
     """Every op of the decode table once, at the shapes of a public model; of one row for short and long contexts."""
-    ops = cuda.decode_ops(rows, pdl=wide, hopper=wide)
+    ops = cuda.decode_ops(rows, pdl=wide, hopper=hopper)
     for listed in (4, 16, 32, 512) if rows == 1 else (32,):
         batch = forward(model, ops, rows, rows, listed)
     ops.advance_(batch, empty(rows, dtype=torch.int32), page_size=64)
 
 
-def prompt(model: str, tokens: int, *, wide: bool) -> None:
+def prompt(model: str, tokens: int, *, wide: bool, hopper: bool) -> None:
     """Every op of the prompt table once, for one row and for some."""
-    ops = cuda.prompt_ops(tokens, wide=wide, hopper=wide)
+    ops = cuda.prompt_ops(tokens, wide=wide, hopper=hopper)
     for rows in (1, 4):
         forward(model, ops, tokens, rows)
     x, at = empty(tokens, 2048), empty(16, dtype=torch.int64)
@@ -87,11 +88,11 @@ def forward(model: str, ops: Ops, tokens: int, rows: int, listed: int = 32) -> F
     return batch
 
 
-def vision(model: str, count: int, *, wide: bool) -> None:
+def vision(model: str, count: int, *, wide: bool, hopper: bool) -> None:
     """Every op of the captured table of the encoder once."""
     config = families.preset(model)
     size = config.sizes
-    ops = cuda_vision.vision_ops(REFERENCE, count, captured=True, wide=wide, hopper=wide)
+    ops = cuda_vision.vision_ops(REFERENCE, count, captured=True, wide=wide, hopper=hopper)
     weights = build(config, lambda path, shape: empty(*shape)).vision
     pixels = patches.cut(empty(16 * 32, 16 * count // 32, 3, dtype=torch.uint8), patch=16, merge=2)
     batch = PatchBatch(
@@ -111,7 +112,7 @@ def vision(model: str, count: int, *, wide: bool) -> None:
         assert ops.merge(x, merger).shape == (count // 4, size["E"])
 
 
-def rotary(model: str, tokens: int, *, wide: bool) -> None:
+def rotary(model: str, tokens: int, *, wide: bool, hopper: bool) -> None:
     """Tables of both layouts, and heads turned in place: whole, in part, and of a size that 16 does not divide."""
     size = families.preset(model).text.sizes
     heads, kv_heads = size["H"], size["K"]
@@ -129,7 +130,7 @@ def rotary(model: str, tokens: int, *, wide: bool) -> None:
 
 CALLS: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {  # and the rows, tokens or patches to try
     "decode": (decode, (1, 8, 64, 128)),
-    "prompt": (prompt, (64, 256, 2048)),
+    "prompt": (prompt, (64, 256, 512, 2048)),
     "vision": (vision, (256, 1024, 4096, 9216)),
     "rotary": (rotary, (256,)),
 }
@@ -195,15 +196,18 @@ def usage(compiled: Any) -> dict[str, int]:
 
 def records(capability: int) -> Iterator[dict[str, Any]]:
     seen = set()
-    for model in ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"):
-        for stage, (call, counts) in CALLS.items():
-            for count in counts:
-                for kernel, args, kwargs in launches(partial(call, model, count, wide=capability >= 90)):
-                    compiled = compile_for(kernel, args, kwargs, capability)
-                    if compiled.hash not in seen:
-                        seen.add(compiled.hash)
-                        used = usage(compiled)
-                        yield {"kernel": kernel.__name__, "model": model, "stage": f"{stage} {count}", **used}
+    tables = (
+        [{"wide": False, "hopper": False}] if capability < 90 else [{"wide": True, "hopper": h} for h in (False, True)]
+    )
+    models = ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b")
+    for model, (stage, (call, counts)), table in itertools.product(models, CALLS.items(), tables):
+        for count in counts:
+            for kernel, args, kwargs in launches(partial(call, model, count, **table)):
+                compiled = compile_for(kernel, args, kwargs, capability)
+                if compiled.hash not in seen:
+                    seen.add(compiled.hash)
+                    used = usage(compiled)
+                    yield {"kernel": kernel.__name__, "model": model, "stage": f"{stage} {count}", **used}
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def test_a_decode_step_is_as_near_as_the_reference(model: mllm.Model, rows: int)
 )
 def test_pictures_are_as_near_as_the_reference(model: mllm.Model, grids: list[tuple[int, int]]) -> None:
     count = sum(r * c for r, c in grids)
-    pictures = [torch.arange(r * c * 768).mul(7919).remainder(251).to(torch.uint8).view(r * c, 768) for r, c in grids]
+    pictures = [
+        torch.arange(r * c * 768).mul(7919).remainder(251).to(torch.uint8).view(r * c, 768).cuda() for r, c in grids
+    ]
     at = torch.arange(count // 4).numpy()
     vision, config = model.weights.vision, model.config.vision
     assert vision is not None

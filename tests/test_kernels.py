@@ -463,8 +463,9 @@ def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
     def x(rows: int, inputs: int = 2048, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(rows, inputs, dtype=dtype, device="meta")
 
-    assert [rows for rows in (256, 512, 640, 1024, 1100) if pays("gate", x(rows), 6144)] == [256, 512, 1024]
-    assert [rows for rows in (256, 384, 512) if pays("heads", x(rows), 4096)] == [256, 512]
+    assert [n for n in (40, 160, 256, 512, 640, 1024, 1100) if pays("gate", x(n), 6144)] == [40, 256, 512, 1024]
+    assert [n for n in (256, 384, 512, 1024) if pays("heads", x(n), 4096)] == [256, 512]
+    assert not pays("gate", x(256, 2560), 9728)  # two turns
     assert [rows for rows in (256, 512, 1024) if pays("linear", x(rows, 1024), 4096)] == [256]
     assert [rows for rows in (576, 1024, 2304) if pays("turn", x(rows, 1024), 3072)] == [576, 1024]
     assert pays("parts", x(1000, 1024), 1024)  # few outputs

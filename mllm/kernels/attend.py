@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mllm.kernels.flash import LOG2E, slots_of
 from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.room import empty_rows
 from mllm.state import State, state, tensor
 
 
@@ -304,7 +305,7 @@ def attend_(
         out = qkv.new_empty(split.splits, heads * size)
         partial = arrived = stats = qkv.new_empty(split.splits, heads, dtype=torch.float32)
     else:
-        out = qkv.new_empty(rows, heads * size)
+        out = empty_rows(qkv, rows, heads * size)
         partial, stats, arrived = workspace.partial, workspace.stats, workspace.arrived
     attend_kernel[(kv_heads, split.splits, rows)](
         qkv, q_norm, k_norm, plan.cos, plan.sin, keys, values, plan.slots, plan.pages, plan.lengths, partial, stats,

@@ -41,7 +41,7 @@ from mllm.state import State, state, tensor
 SKINNY_ROWS = 128
 """Rows of a decode step up to which the products of `skinny` beat cuBLAS on an H200, since they keep its chain whole;
 the record is in `docs/performance.md`."""
-CHAINED_ROWS = range(33, 257)
+CHAINED_ROWS = range(64, 257)
 """Rows of a decode step for which the products of `tall` beat both on Hopper; the same."""
 SKINNY_TOKENS = 64
 """Tokens of a prompt up to which the products of `skinny` beat the others; the same."""
@@ -96,8 +96,8 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
         embed=partial(step.embed, pdl=pdl),
         plan=partial(_prompt_plan, fa3=fa3, pdl=pdl),
         attend_=partial(_attend_prompts, wide=wide, hopper=hopper, pdl=pdl),
-        put_=elementwise.put_,
-        add_=elementwise.add_,
+        put_=partial(elementwise.put_, pdl=pdl),
+        add_=partial(elementwise.add_, pdl=pdl),
         sample=partial(_sample, pdl=pdl),
         **(_skinny(pdl=pdl) if few else _products(pdl=pdl, unmade=chained)),
         head=partial(_head, every=False, pdl=pdl),

@@ -49,8 +49,8 @@ def vision_ops(ops: Ops, count: int = 2**31, *, captured: bool, wide: bool, hopp
     return attrs.evolve(
         ops,
         cut=patches.cut,
-        patch_embed=patch_embed,
-        vision_plan=partial(vision_plan, captured=captured),
+        patch_embed=partial(patch_embed, pdl=pdl),
+        vision_plan=partial(vision_plan, captured=captured, pdl=pdl),
         layer_norm_linear=partial(layer_norm_linear, pdl=pdl),
         attend_images=partial(attend_images, wide=wide, hopper=hopper, pdl=pdl),
         linear_bias_add=partial(linear_bias_add, pdl=pdl),
@@ -59,11 +59,11 @@ def vision_ops(ops: Ops, count: int = 2**31, *, captured: bool, wide: bool, hopp
     )
 
 
-def patch_embed(batch: PatchBatch, weights: VisionWeights, *, config: VisionConfig) -> Tensor:
+def patch_embed(batch: PatchBatch, weights: VisionWeights, *, config: VisionConfig, pdl: bool) -> Tensor:
     scale, shift = _affine(batch.mean, batch.std, batch.patches.device)
-    values = patches.normalise(batch.patches, scale, shift, dtype=weights.patch.dtype)
-    x = F.linear(values, weights.patch, weights.patch_bias)
-    return patches.add_position_(x, batch.coords, weights.position)
+    values = patches.normalise(batch.patches, scale, shift, dtype=weights.patch.dtype, pdl=pdl)
+    x = products.linear(values, weights.patch, weights.patch_bias, pdl=pdl)
+    return patches.add_position_(x, batch.coords, weights.position, pdl=pdl)
 
 
 @lru_cache(maxsize=16)
@@ -74,9 +74,9 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
     return scale.float().to(device), shift.float().to(device)
 
 
-def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool) -> VisionPlan:
+def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool, pdl: bool) -> VisionPlan:
     frequencies = rope.frequencies(config.head_dim // 4, config.rope_theta, batch.coords.device)
-    cos, sin = rope.axial(batch.coords, frequencies)
+    cos, sin = rope.axial(batch.coords, frequencies, pdl=pdl)
     return VisionPlan(
         cos=cos, sin=sin, indptr=batch.indptr, spans=() if captured else batch.spans(), heads=config.num_heads
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.room import empty_rows
 
 LOG2E = 1.4426950408889634
 
@@ -212,7 +213,7 @@ def _launch(
     rows = len(indptr) - 1
     one = rows == 1
     stages = max(1, tile.stages * 2 // q.element_size())  # measured for 16 bits; float32 takes twice the room
-    out = q.new_empty(tokens, heads * size)
+    out = empty_rows(q, tokens, heads * size)
     main, rest = _width(size)
     tiles = triton.cdiv(tokens, tile.queries) + (0 if one else rows)  # each row's last tile may be a part of one
     flash_kernel[(heads, tiles)](

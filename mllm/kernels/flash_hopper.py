@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from mllm.kernels.flash_group import consume
 from mllm.kernels.hopper import MULTIPROCESSORS, TYPES, copy, descriptor, new_barriers
 from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.room import empty_rows
 
 
 class Tile(NamedTuple):
@@ -173,17 +174,17 @@ COSTS = {Tile(2, 128, 2): 0.074, Tile(3, 128, 2): 0.062, Tile(4, 64, 4, turns=Fa
 
 
 SHORT = Tile(1, 64, 4)
-"""For what is over so soon that small programs are best, of images with heads of 64 and prompts; in a chain."""
+"""For prompts that are over so soon that small programs are best, in a chain."""
 
 
 def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype, *, chained: bool) -> Tile | None:
     """What was fastest on an H200 for one image; None where `flash` serves. The record is in `docs/performance.md`."""
     if dtype not in TYPES or not (size in (64, 128) or (64 < size <= 80 and size % 8 == 0)):
         return None
-    if size > 64:
+    if size == 64 and patches <= 768 and not chained:
+        return None
+    if size > 64 or patches <= 768:
         return Tile(1, 128, 2) if patches <= 512 and size < 128 else Tile(2, 128, 2)
-    if patches <= 768:
-        return SHORT if chained else None
 
     def duration(tile: Tile) -> float:
         queries = 64 * tile.groups
@@ -212,7 +213,7 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     tokens, heads, size = q.shape
     rows = len(indptr) - 1
-    out = q.new_empty(tokens, heads * size)
+    out = empty_rows(q, tokens, heads * size)
     main, rest = (size, 0) if size in (64, 128) else (64, 16)
     each = gcd(page_size, tile.keys) if paged else tile.keys
     boxes = [descriptor(x, each, main) for x in (keys, values)]

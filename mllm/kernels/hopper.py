@@ -16,6 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mllm.kernels.room import rows_of
+
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.8 on, and before
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 """What the tensor cores multiply from shared memory."""
@@ -57,7 +59,7 @@ def new_barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """By which `rows` by `columns` of x [... columns] are copied at once; all but its first dimension lie side by side."""
     return TensorDescriptor(
-        x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
+        x, [rows_of(x, rows), x[0].numel()], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.room import empty_rows
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def add_norm(
     """(the stream with nothing pending, its norm), both [T E]: RMSNorm, or layer norm where there is a bias."""
     x, parts, shift = stream if isinstance(stream, Pending) else (stream, None, None)
     rows, width = x.shape
-    y = torch.empty_like(x)
+    y = empty_rows(x, rows, width)
     total = x if parts is None else torch.empty_like(x)
     padded = triton.next_power_of_2(width)
     shifted = 0 if shift is None else len(shift)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mllm.kernels.pdl import FUSED
+from mllm.kernels.pdl import FUSED, launch_dependents, options, wait
+from mllm.kernels.room import empty_rows
 
 
 @triton.jit
@@ -40,8 +41,10 @@ def cut(pixels: Tensor, *, patch: int, merge: int) -> Tensor:
 
 
 @triton.jit
-def normalise_kernel(patches, scale, shift, out, U, AREA, UP: tl.constexpr):
+def normalise_kernel(patches, scale, shift, out, U, AREA, UP: tl.constexpr, PDL: tl.constexpr):
     """out [X U] = bytes * scale + shift, which differ by channel."""
+    launch_dependents(PDL)
+    wait(PDL)
     x = tl.program_id(0).to(tl.int64)
     u = tl.arange(0, UP)
     channel = u // AREA
@@ -50,21 +53,23 @@ def normalise_kernel(patches, scale, shift, out, U, AREA, UP: tl.constexpr):
     tl.store(out + x * U + u, value.to(out.dtype.element_ty), mask=u < U)
 
 
-def normalise(patches: Tensor, scale: Tensor, shift: Tensor, *, dtype: torch.dtype) -> Tensor:
+def normalise(patches: Tensor, scale: Tensor, shift: Tensor, *, dtype: torch.dtype, pdl: bool) -> Tensor:
     """Bytes [X U], channel by channel, to values in `dtype`; scale and shift f32 [channels]."""
     count, size = patches.shape
-    out = torch.empty(count, size, dtype=dtype, device=patches.device)
+    out = empty_rows(scale, count, size, dtype=dtype)
     normalise_kernel[(count,)](
-        patches, scale, shift, out, size, size // len(scale), UP=triton.next_power_of_2(size), **FUSED
+        patches, scale, shift, out, size, size // len(scale), UP=triton.next_power_of_2(size), **options(pdl)
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def position_kernel(x, coords, table, X, E, SIDE, EP: tl.constexpr):
+def position_kernel(x, coords, table, X, E, SIDE, EP: tl.constexpr, PDL: tl.constexpr):
     """x [X E] += the learned grid [SIDE*SIDE E] at each patch, bilinear between its entries, corners aligned."""
+    launch_dependents(PDL)
     p = tl.program_id(0)
     e = tl.arange(0, EP)
+    wait(PDL)
     row = tl.load(coords + p).to(tl.float32) * (SIDE - 1)
     col = tl.load(coords + X + p).to(tl.float32) * (SIDE - 1)
     row /= tl.maximum(tl.load(coords + 2 * X + p) - 1, 1).to(tl.float32)
@@ -83,10 +88,10 @@ def position_kernel(x, coords, table, X, E, SIDE, EP: tl.constexpr):
     tl.store(at, (tl.load(at, mask=inside).to(tl.float32) + place).to(x.dtype.element_ty), mask=inside)
 
 
-def add_position_(x: Tensor, coords: Tensor, table: Tensor) -> Tensor:
+def add_position_(x: Tensor, coords: Tensor, table: Tensor, *, pdl: bool) -> Tensor:
     """Add to x [X Ev] the learned grid `table` [W Ev] at `coords` [4 X] (row, column, rows, columns)."""
     count, width = x.shape
     position_kernel[(count,)](
-        x, coords, table, count, width, math.isqrt(len(table)), EP=triton.next_power_of_2(width), **FUSED
+        x, coords, table, count, width, math.isqrt(len(table)), EP=triton.next_power_of_2(width), **options(pdl)
     )  # fmt: skip
     return x

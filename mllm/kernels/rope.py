@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.kernels import rotary
-from mllm.kernels.pdl import FUSED, launch_dependents, options, wait
+from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.room import empty_rows
 
 
 @lru_cache(maxsize=16)
@@ -81,7 +82,7 @@ def rotate_write(
     tokens, width = qkv.shape
     kv_heads, size = keys.shape[2:]
     heads = width // size - 2 * kv_heads
-    q = qkv.new_empty(tokens, heads, size)
+    q = empty_rows(qkv, tokens, heads, size)
     rotate_write_kernel[(tokens,)](
         qkv, q_norm, k_norm, cos, sin, slots, q, keys, values, scale, eps,
         H=heads, K=kv_heads, D=size, HP=triton.next_power_of_2(heads), KP=triton.next_power_of_2(kv_heads),
@@ -111,7 +112,7 @@ def rotate_heads(
     """Queries, times `scale`, and keys [X heads Dv] of qkv [X Cv], rotated: views of one new tensor."""
     count, width = qkv.shape
     size = width // (3 * heads)
-    out = qkv.new_empty(count, 2, heads, size)
+    out = empty_rows(qkv, count, 2, heads, size)
     rotate_heads_kernel[(count,)](
         qkv, cos, sin, out, scale, H=heads, D=size, HP=triton.next_power_of_2(2 * heads),
         PP=triton.next_power_of_2(size // 2), **options(pdl),
@@ -120,8 +121,10 @@ def rotate_heads(
 
 
 @triton.jit
-def axial_kernel(coords, frequencies, cos, sin, X, QUARTER, QP: tl.constexpr):
+def axial_kernel(coords, frequencies, cos, sin, X, QUARTER, QP: tl.constexpr, PDL: tl.constexpr):
     """cos, sin f32 [X 2*QUARTER] of patches at coords [4 X]: see `rotary.axial`."""
+    launch_dependents(PDL)
+    wait(PDL)
     x = tl.program_id(0)
     i = tl.arange(0, QP)
     turn = tl.load(frequencies + i, mask=i < QUARTER, other=0.0)
@@ -132,12 +135,12 @@ def axial_kernel(coords, frequencies, cos, sin, X, QUARTER, QP: tl.constexpr):
         tl.store(sin + at, tl.sin(angle), mask=i < QUARTER)
 
 
-def axial(coords: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def axial(coords: Tensor, frequencies: Tensor, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """Rotary tables f32 [X Dv/2] of patches at coords [4 X] (row, column, ...) for frequencies [Dv/4]."""
     count, quarter = coords.shape[1], len(frequencies)
     cos = torch.empty(count, 2 * quarter, dtype=torch.float32, device=coords.device)
     sin = torch.empty_like(cos)
     axial_kernel[(count,)](
-        coords, frequencies, cos, sin, count, quarter, QP=triton.next_power_of_2(quarter), **FUSED
+        coords, frequencies, cos, sin, count, quarter, QP=triton.next_power_of_2(quarter), **options(pdl)
     )  # fmt: skip
     return cos, sin

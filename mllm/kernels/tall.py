@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from mllm.kernels.hopper import copy, descriptor, finished, new_barriers, nothing
 from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.room import empty_rows
 from mllm.kernels.tall_ends import finish
 from mllm.kernels.tall_tiles import HEAD, TURNED_HEAD, Tile, tile_for
 
@@ -139,7 +140,7 @@ def _tile(x: Tensor, weight: Tensor, ending: str) -> Tile:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool = False) -> Tensor:
     """x [M K] @ weight [N K].T + bias: [M N]; `gelu`: the "tanh" form of GELU of it, or "none" of its approximations."""
     ending = "plain" if bias is None else f"gelu_{gelu}" if gelu else "bias"
-    y = x.new_empty(len(x), len(weight))
+    y = empty_rows(x, len(x), len(weight))
     return _launch(x, weight, y, ending, () if bias is None else (bias,), tile=_tile(x, weight, ending), pdl=pdl)
 
 
@@ -151,7 +152,7 @@ def split(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
 
 def gated(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
     """silu(gate) * up [M N] of x [M K] and weight [2N K], gate over up."""
-    y = x.new_empty(len(x), len(weight) // 2)
+    y = empty_rows(x, len(x), len(weight) // 2)
     return _launch(x, weight, y, "gate", tile=_tile(x, weight, "gate"), pdl=pdl)
 
 
@@ -161,7 +162,7 @@ def turned(
     """Queries, times `scale`, keys and values [X 3 H 64] of x [X K], weight [N K] and bias [N]; queries and keys are
     rotated by cos, sin f32 [X 32]."""
     heads = len(weight) // (3 * TURNED_HEAD)
-    y = x.new_empty(len(x), 3, heads, TURNED_HEAD)
+    y = empty_rows(x, len(x), 3, heads, TURNED_HEAD)
     return _launch(x, weight, y, "turn", (bias, cos, sin, scale, heads), tile=_tile(x, weight, "turn"), pdl=pdl)
 
 
@@ -173,5 +174,5 @@ def written(
     kv_heads = keys.shape[2]
     heads = len(weight) // HEAD - 2 * kv_heads
     end = (q_norm, k_norm, cos, sin, slots, keys, values, scale, eps, heads, kv_heads)
-    q = x.new_empty(len(x), heads, HEAD)
+    q = empty_rows(x, len(x), heads, HEAD)
     return _launch(x, weight, q, "heads", end, tile=_tile(x, weight, "heads"), pdl=pdl)

@@ -14,14 +14,19 @@ HEAD = 128
 """The size of the heads of a decoder that are normalised, rotated and written where they are made."""
 TURNED_HEAD = 64
 """The same for those of an encoder, which are rotated."""
-FEW = 256
+LEAST = 128
 """Rows up to which starting and ending is so much of a product that it is ours."""
-WORK = 2**31
-"""Multiplications of a product of few outputs up to which the same holds; cuBLAS leaves most of the chip idle there."""
+FEW = 256
+"""Rows up to which it is where the chip makes it in one turn, with little that is not wanted."""
+MOSTLY = 0.8
+"""Share of that turn's outputs that must be wanted."""
+WORK = 2_500_000_000
+"""Multiplications up to which that doesn't matter, nor, where outputs are few, the rows: cuBLAS leaves much of the chip idle
+there."""
 TURNED_ROWS = 1536
 """Patches up to which rotating in the product's kernel beats cuBLAS's larger tiles and a kernel after it."""
 FULL = 0.94
-"""Share of the programs' tiles, turns of the chip begun included, that must be outputs for ours to be faster elsewhere."""
+"""Share of the outputs of all turns of the chip that must be wanted for ours to be faster elsewhere."""
 
 
 class Tile(NamedTuple):
@@ -44,11 +49,11 @@ class Tile(NamedTuple):
 TILES = {
     "heads": (Tile(1, (128,), 8), Tile(2, (128,), 6)),
     "turn": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(2, (128,), 6), Tile(2, (128, 64), 5)),
-    "gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(2, (128,), 4)),
-    "few gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(1, (64, 32), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
+    "gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(1, (64, 32), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
+    "parts": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
     "other": (Tile(2, (64,), 8), Tile(2, (64, 32), 7), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
 }
-"""By what ends a product. "few gate": up to `FEW` rows; beyond, programs of 96 outputs wait for the L2 cache."""
+"""By what ends a product. Programs with 32 outputs beside 64 are for short or low ones; in others they wait for L2."""
 
 
 @lru_cache(maxsize=1024)
@@ -64,8 +69,9 @@ def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
         each = 64 * tile.groups + sum(tile.outputs) * (2 if gate else 1)
         return tile.turns(rows, outputs) * each * inputs // tile.parts
 
-    tiles = TILES.get("few gate" if gate and rows <= FEW else ending, TILES["other"])
-    return min((tile._replace(parts=n) for tile in tiles for n in parts), key=read)
+    tiles = TILES.get(ending, TILES["other"])
+    narrow = rows <= FEW if gate else inputs <= 2048
+    return min((tile._replace(parts=n) for tile in tiles for n in parts if narrow or 32 not in tile.outputs), key=read)
 
 
 def pays(ending: str, x: Tensor, outputs: int) -> bool:
@@ -76,12 +82,14 @@ def pays(ending: str, x: Tensor, outputs: int) -> bool:
         return False
     if ending == "turn":
         return rows <= TURNED_ROWS
-    if rows <= FEW:
+    work = rows * outputs * inputs * (2 if ending == "gate" else 1)
+    if rows <= LEAST or (ending == "parts" and inputs <= 2048 and work <= WORK):
         return True
-    if ending == "parts" and rows * outputs * inputs <= WORK:
-        return True
-    if ending not in ("heads", "gate", "parts"):  # cuBLAS has the others' endings too
-        return False
     tile = tile_for(ending, rows, outputs, inputs)
-    area = 64 * tile.groups * sum(tile.outputs)
-    return rows * outputs * tile.parts >= FULL * tile.turns(rows, outputs) * MULTIPROCESSORS * area
+    turns = tile.turns(rows, outputs)
+    wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * 64 * tile.groups * sum(tile.outputs))
+    if rows <= FEW:
+        return turns == 1 and (wanted >= MOSTLY or work <= WORK)
+    if ending == "gate":
+        return wanted >= FULL
+    return ending in ("heads", "parts") and turns == 1 and wanted >= FULL  # cuBLAS has the others' endings too
