@@ -471,3 +471,16 @@ def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
     assert pays("parts", x(1000, 1024), 1024)  # few outputs
     assert not pays("gate", x(256, dtype=torch.float32), 6144)
     assert not pays("gate", x(256, 1028), 6144)  # rows that do not begin at 16 bytes
+
+
+def test_activations_have_room_for_whole_tiles() -> None:
+    from mllm.kernels.room import empty_rows, rows_of
+
+    like = torch.empty(1, dtype=torch.bfloat16)
+    x = empty_rows(like, 130, 3, 64)
+    assert (x.shape, x.dtype) == ((130, 3, 64), torch.bfloat16)
+    assert empty_rows(like, 5, 8, dtype=torch.float32).dtype == torch.float32
+    assert rows_of(x, 128) == rows_of(x, 64) + 64 == 256
+    assert rows_of(x[:, 2], 64) == 192  # a part of each row
+    assert rows_of(torch.empty(130, 64), 64) == 130  # there is nothing behind it
+    assert rows_of(torch.empty(256, 64)[200:], 64) == 56

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mllm.kernels import elementwise, rope, tall
 from mllm.kernels.norm import split_linear
-from mllm.kernels.tall_tiles import HEAD, TURNED_HEAD, pays
+from mllm.kernels.tall_tiles import HEAD, LEAST, TURNED_HEAD, pays
 
 
 class Unmade(NamedTuple):
@@ -58,7 +58,7 @@ def written(
     if isinstance(qkv, Unmade):
         x, weight, _ = qkv
         # few rows gain more from small tiles than from a kernel less
-        if pdl and keys.shape[3] == HEAD and len(x) > 128 and pays("heads", x, len(weight)):
+        if pdl and keys.shape[3] == HEAD and len(x) > LEAST and pays("heads", x, len(weight)):
             return tall.written(x, weight, *around, scale=scale, eps=eps, pdl=True)
         qkv = qkv.made(pdl=pdl)
     return rope.rotate_write(qkv, *around, scale=scale, eps=eps, pdl=pdl)
