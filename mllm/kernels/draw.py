@@ -136,7 +136,8 @@ def search_kernel(logits, best, sums, ties, temperature, top_k, top_p, V, shift,
     top = tl.max(top, 0)
     wanted = (t > 0.0) & (p < 1.0 if MASS else (k > 0) & (k < V))
     count = tl.zeros([DIGITS], tl.int32)
-    if wanted & (key_of(distance_of(nearest, top, t)) < tl.minimum(start + (DIGITS << shift), limit)):
+    beyond = start + (1 << shift) * DIGITS  # in this order: up to 3.8 Triton's interpreter takes no `DIGITS << shift`
+    if wanted & (key_of(distance_of(nearest, top, t)) < tl.minimum(beyond, limit)):
         mass = tl.zeros([DIGITS], tl.float32)
         for first in range(0, BLOCK, CHUNK):
             at = part * BLOCK + first + tl.arange(0, CHUNK)
