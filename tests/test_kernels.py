@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from attending import attended, error, prompt_error
 from torch import Tensor
 
 import mllm
@@ -83,10 +84,6 @@ def decoding(shape: Any, device: str) -> tuple[Model, KVPool, ForwardBatch, Samp
         listed=table.pages_for(max(contexts) + STEPS), device=device,
     )  # fmt: skip
     return model, pool, batch, sampling_batch([Sampling()] * rows, size=rows + padded, device=device)
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -189,45 +186,6 @@ def test_attention_takes_heads_of_any_size(
         assert a == b or error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-5
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
-    """f64 [T A] of q [T H D], k and v [N H D]; `causal`: the queries are the last tokens, and see those before them."""
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * q.shape[2] ** -0.5
-    if causal:
-        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-        scores = scores.masked_fill(hidden.to(scores.device), -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.double()).flatten(1)
-
-
-@pytest.fixture
-def hopper(device: str) -> None:
-    """Gluon has no interpreter, and the tensor cores that it is used for are those of capability 9.0."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a GPU of capability 9.0")
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("groups", [1, 2, 3, 4])
-@pytest.mark.parametrize("bounds", [[0, 70, 70, 301, 1000], [0, 64], [0, 1300]], ids=str)
-@pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(64, torch.bfloat16), (64, torch.float16), (72, torch.bfloat16), (80, torch.bfloat16), (128, torch.bfloat16)],
-)
-def test_patches_attend_to_their_image_on_hopper(
-    size: int, dtype: torch.dtype, bounds: list[int], groups: int, device: str, hopper: None
-) -> None:
-    from mllm.kernels import flash, flash_hopper
-
-    count, heads = bounds[-1] + 40, 4  # some patches pad the batch
-    qkv = torch.randn(count, 3, heads, size, generator=torch.Generator().manual_seed(size)).to(device, dtype)
-    qkv[bounds[-1] :] = torch.nan
-    q, k, v = qkv.unbind(1)
-    indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
-    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2, turns=groups != 4)
-    got = flash_hopper.images(q * (size**-0.5 * flash.LOG2E), k, v, indptr, tile=tile)
-    for a, b in itertools.pairwise(bounds):
-        assert a == b or error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-2
-
-
 @pytest.mark.parametrize(
     ("rows", "free"),  # of each row its queries and its tokens; queries that pad the batch
     [([(64, 64)], 0), ([(150, 150)], 10), ([(100, 230)], 0), ([(1, 1)], 15), ([(70, 70), (5, 90), (33, 33)], 20)],
@@ -241,133 +199,6 @@ def test_prompts_attend_to_what_is_before_them(
     tile = flash.tile_for(sum(n for n, _ in rows) + free, 40, wide=False)
     run = functools.partial(flash.prompts, tile=tile)
     assert prompt_error(run, rows, free, size=40, page=PAGE, dtype=torch.float32, device=device) < 1e-5
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("tile", [(1, 128, 2), (2, 128, 2), (2, 64, 3)], ids=str)
-@pytest.mark.parametrize("page", [8, 16, 64, 128])
-@pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize(
-    ("rows", "free"),
-    [([(64, 64)], 0), ([(1000, 1000)], 24), ([(77, 999)], 3), ([(1, 1), (500, 777), (130, 130)], 9)],
-    ids=str,
-)
-def test_prompts_attend_to_what_is_before_them_on_hopper(
-    rows: list[tuple[int, int]], free: int, size: int, page: int, tile: tuple[int, int, int], device: str, hopper: None
-) -> None:
-    from mllm.kernels import flash_hopper
-
-    run = functools.partial(flash_hopper.prompts, tile=flash_hopper.Tile(*tile))
-    assert prompt_error(run, rows, free, size=size, page=page, dtype=torch.bfloat16, device=device) < 1e-2
-
-
-def prompt_error(
-    attend: functools.partial[Tensor], rows: list[tuple[int, int]], free: int, *, size: int, page: int,
-    dtype: torch.dtype, device: str,
-) -> float:  # fmt: skip
-    """The largest error of a row, whose keys and values lie in pages in any order, and beyond its end are no numbers."""
-    from mllm.kernels import flash
-
-    heads, kv_heads, listed = 4, 2, -(-max(length for _, length in rows) // page) + 1
-    generator = torch.Generator().manual_seed(free)
-    ends = list(itertools.accumulate([n for n, _ in rows], initial=0))
-    q = torch.randn(ends[-1] + free, heads, size, generator=generator).to(dtype)
-    keys, values = torch.randn(2, 1 + len(rows) * listed, page, kv_heads, size, generator=generator).to(dtype)
-    pages = 1 + torch.randperm(len(rows) * listed, generator=generator, dtype=torch.int32).view(-1, listed)
-    for used, (_, length) in zip(pages, rows, strict=True):
-        spare = used[(length - 1) // page :].long()
-        for pool in (keys, values):
-            pool[spare[1:]] = torch.nan
-            pool[spare[0], (length - 1) % page + 1 :] = torch.nan
-    indptr, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, [n for _, n in rows]))
-    scaled = (q.float() * size**-0.5 * flash.LOG2E).to(device, dtype)
-    got = attend(scaled, keys.to(device), values.to(device), indptr, lengths, pages.to(device)).cpu()
-    errors = []
-    for a, used, (count, length) in zip(ends, pages, rows, strict=False):
-        k, v = (x[used.long()].flatten(0, 1)[:length].repeat_interleave(2, 1) for x in (keys, values))
-        errors.append(error(got[a : a + count], attended(q[a : a + count], k, v, causal=True)))
-    return max(errors)
-
-
-PRODUCTS = [(1, 64, 8), (64, 2048, 640), (130, 200, 136), (256, 1024, 1024), (300, 6144, 256), (1000, 2048, 6144)]
-"""Rows, inputs and outputs of products on Hopper: of one tile and less, of tiles in parts, of several turns of the chip."""
-
-
-def factors(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and bias of a product whose outputs are about 1."""
-    rows, inputs, outputs = shape
-    generator = torch.Generator().manual_seed(rows)
-    x, weight, bias = (torch.randn(*n, generator=generator) for n in ((rows, inputs), (outputs, inputs), (outputs,)))
-    return x.to(device, dtype), (weight * inputs**-0.5).to(device, dtype), bias.to(device, dtype)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-def test_a_product_goes_on_with_what_follows_it(
-    shape: tuple[int, int, int], dtype: torch.dtype, pdl: bool, device: str, hopper: None
-) -> None:
-    from mllm.kernels import tall
-
-    x, weight, bias = factors(shape, dtype, device)
-    exact = x.double() @ weight.double().T
-    shifted = exact + bias.double()
-    gate, up = exact.chunk(2, 1)
-    functional = torch.nn.functional
-    for got, want in [
-        (tall.linear(x, weight, pdl=pdl), exact),
-        (tall.linear(x, weight, bias, pdl=pdl), shifted),
-        (tall.linear(x, weight, bias, gelu="tanh", pdl=pdl), functional.gelu(shifted, approximate="tanh")),
-        (tall.linear(x, weight, bias, gelu="none", pdl=pdl), functional.gelu(shifted)),
-        (tall.split(x, weight, pdl=pdl).double().sum(0), exact),
-        (tall.gated(x, weight, pdl=pdl), functional.silu(gate) * up),
-    ]:
-        assert error(got, want) < 1e-2
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("heads", [1, 3, 16])
-@pytest.mark.parametrize("count", [4, 200, 500, 900])
-def test_queries_and_keys_are_turned_where_their_product_is_made(
-    count: int, heads: int, device: str, hopper: None
-) -> None:
-    from mllm.kernels import rope, tall
-
-    x, weight, bias = factors((count, 320, 3 * heads * 64), torch.bfloat16, device)
-    angle = torch.randn(count, 32, generator=torch.Generator().manual_seed(count)).to(device)
-    cos, sin = angle.cos(), angle.sin()
-    qkv = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
-    want = [*rope.rotate_heads(qkv, cos, sin, heads, scale=0.3), qkv.view(count, 3, heads, 64)[:, 2]]
-    got = tall.turned(x, weight, bias, cos, sin, scale=0.3).unbind(1)
-    assert max(error(a, b) for a, b in zip(got, want, strict=True)) < 1e-2
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("heads", [(1, 1), (16, 8), (20, 4)], ids=str)
-@pytest.mark.parametrize("count", [3, 200, 512, 1000])
-def test_keys_and_values_are_written_where_their_product_is_made(
-    count: int, heads: tuple[int, int], device: str, hopper: None
-) -> None:
-    from mllm.kernels import rope, tall
-
-    queries, kv = heads
-    x, weight, _ = factors((count, 320, (queries + 2 * kv) * 128), torch.bfloat16, device)
-    generator = torch.Generator().manual_seed(count)
-    norms = [torch.randn(128, generator=generator).to(device, torch.bfloat16) for _ in range(2)]
-    angle = torch.randn(count, 64, generator=generator).to(device)
-    slots = (8 + torch.randperm(count, generator=generator)).to(device)
-    held = []
-    for dtype, run in ((torch.bfloat16, tall.written), (torch.float32, None)):
-        pool = torch.zeros(2, 1 + count // 8 + 1, 8, kv, 128, device=device, dtype=dtype)
-        around = [t.to(dtype) for t in norms], (angle.cos(), angle.sin(), slots, *pool)
-        if run is not None:
-            q = run(x, weight, *around[0], *around[1], scale=0.3, eps=1e-6)
-        else:
-            qkv = x.float() @ weight.float().T
-            q = rope.rotate_write(qkv, *around[0], *around[1], scale=0.3, eps=1e-6)
-        held.append((q, *pool))
-    assert max(error(a, b) for a, b in zip(*held, strict=True)) < 1e-2
 
 
 @pytest.mark.parametrize("shape", [(5, 96, 48), (130, 2048, 200), (256, 4096, 64), (3, 1088, 40)], ids=str)
@@ -437,50 +268,3 @@ def test_generate_on_the_gpu_gives_the_tokens_of_the_cpu(device: str) -> None:
         assert [c.tokens for c in mllm.generate(gpu, prompts, max_new_tokens=40, max_running_requests=rows)] == [
             c.tokens for c in expected
         ]
-
-
-SHAPES_OF_PRODUCTS = [(rows, n, k) for rows in (1, 65, 256, 400, 1000, 2048) for n, k in ((1024, 4096), (6144, 2048))]
-
-
-@pytest.mark.parametrize("ending", ["plain", "bias", "gelu_tanh", "parts", "gate", "turn", "heads"])
-@pytest.mark.parametrize("shape", SHAPES_OF_PRODUCTS, ids=str)
-def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, int], ending: str) -> None:
-    from mllm.kernels.tall_tiles import tile_for
-
-    rows, outputs, inputs = shape
-    tile = tile_for(ending, rows, outputs, inputs)
-    columns = sum(tile.outputs) * (2 if ending == "gate" else 1)
-    assert tile.stages * (64 * tile.groups + columns) * 64 * 2 < 227 * 1024
-    assert columns <= 256  # half of a group's registers are sums
-    assert inputs % (64 * tile.parts) == 0
-    assert ending == "parts" or tile.parts == 1
-    assert tile.programs(rows, outputs) * 64 * tile.groups * sum(tile.outputs) >= rows * outputs * tile.parts
-
-
-def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
-    from mllm.kernels.tall_tiles import pays
-
-    def x(rows: int, inputs: int = 2048, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(rows, inputs, dtype=dtype, device="meta")
-
-    assert [n for n in (40, 160, 256, 512, 640, 1024, 1100) if pays("gate", x(n), 6144)] == [40, 256, 512, 1024]
-    assert [n for n in (256, 384, 512, 1024) if pays("heads", x(n), 4096)] == [256, 512]
-    assert not pays("gate", x(256, 2560), 9728)  # two turns
-    assert [rows for rows in (256, 512, 1024) if pays("linear", x(rows, 1024), 4096)] == [256]
-    assert [rows for rows in (576, 1024, 2304) if pays("turn", x(rows, 1024), 3072)] == [576, 1024]
-    assert pays("parts", x(1000, 1024), 1024)  # few outputs
-    assert not pays("gate", x(256, dtype=torch.float32), 6144)
-    assert not pays("gate", x(256, 1028), 6144)  # rows that do not begin at 16 bytes
-
-
-def test_activations_have_room_for_whole_tiles() -> None:
-    from mllm.kernels.room import empty_rows, rows_of
-
-    like = torch.empty(1, dtype=torch.bfloat16)
-    x = empty_rows(like, 130, 3, 64)
-    assert (x.shape, x.dtype) == ((130, 3, 64), torch.bfloat16)
-    assert empty_rows(like, 5, 8, dtype=torch.float32).dtype == torch.float32
-    assert rows_of(x, 128) == rows_of(x, 64) + 64 == 256
-    assert rows_of(x[:, 2], 64) == 192  # a part of each row
-    assert rows_of(torch.empty(130, 64), 64) == 130  # there is nothing behind it
-    assert rows_of(torch.empty(256, 64)[200:], 64) == 56
