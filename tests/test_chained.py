@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import attrs
 import pytest
 import torch
+from attending import error
 from torch import Tensor
 
 import mllm
@@ -33,10 +34,6 @@ def model(request: pytest.FixtureRequest) -> Iterator[mllm.Model]:
     yield mllm.dummy(config, device="cuda", dtype="bfloat16")
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def as_near(got: Tensor, reference: Tensor, exact: Tensor) -> bool:

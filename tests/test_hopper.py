@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -156,12 +157,12 @@ def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, in
 
     rows, outputs, inputs = shape
     tile = tile_for(ending, rows, outputs, inputs)
-    columns = sum(tile.outputs) * (2 if ending == "gate" else 1)
-    assert tile.stages * (64 * tile.groups + columns) * 64 * 2 < 227 * 1024
+    columns = tile.columns * (2 if ending == "gate" else 1)
+    assert tile.stages * (tile.rows + columns) * 64 * 2 < 227 * 1024
     assert columns <= 256  # half of a group's registers are sums
     assert inputs % (64 * tile.parts) == 0
     assert ending == "parts" or tile.parts == 1
-    assert tile.programs(rows, outputs) * 64 * tile.groups * sum(tile.outputs) >= rows * outputs * tile.parts
+    assert math.prod(tile.grid(rows, outputs)) * tile.rows * tile.columns >= rows * outputs * tile.parts
 
 
 def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
@@ -178,6 +179,13 @@ def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
     assert pays("parts", x(1000, 1024), 1024)  # few outputs
     assert not pays("gate", x(256, dtype=torch.float32), 6144)
     assert not pays("gate", x(256, 1028), 6144)  # rows that do not begin at 16 bytes
+
+
+def test_a_product_that_is_left_unmade_is_made_on_demand() -> None:
+    from mllm.kernels.products import Unmade
+
+    x, weight, bias = factors((5, 16, 8), torch.float32, "cpu")
+    assert torch.equal(Unmade(x, weight, bias).made(), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_activations_have_room_for_whole_tiles() -> None:

@@ -21,8 +21,6 @@ from mllm.weights import Merger, TapMerger, VisionWeights
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """Of PyTorch's attention, best first: cuDNN's is 1.5 times as fast as the next on an H200, and Orin's has none."""
-
-
 CHAINED_PATCHES = 1536
 """Patches up to which the encoder's kernels are a chain on Hopper; beyond, they outlast their launches."""
 
@@ -86,8 +84,7 @@ def layer_norm_linear(
     x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, pdl: bool
 ) -> tuple[Stream, Qkv]:
     x, y = add_norm(x, norm, norm_bias, eps=EPS, pdl=pdl)
-    product = products.Unmade(y, weight, bias)
-    return x, product if pdl else product.made(pdl=False)
+    return x, products.Unmade(y, weight, bias) if pdl else products.linear(y, weight, bias, pdl=False)
 
 
 def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool, pdl: bool) -> Tensor:

@@ -56,9 +56,9 @@ def _place(stream: Stream, at: Tensor, rows: Tensor, *, add: bool, pdl: bool) ->
     return stream
 
 
-def put_(x: Stream, at: Tensor, rows: Tensor, *, pdl: bool = False) -> Stream:
+def put_(x: Stream, at: Tensor, rows: Tensor, *, pdl: bool) -> Stream:
     return _place(x, at, rows, add=False, pdl=pdl)
 
 
-def add_(x: Stream, at: Tensor, rows: Tensor, *, pdl: bool = False) -> Stream:
+def add_(x: Stream, at: Tensor, rows: Tensor, *, pdl: bool) -> Stream:
     return _place(x, at, rows, add=True, pdl=pdl)

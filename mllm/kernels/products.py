@@ -16,14 +16,14 @@ from mllm.kernels.tall_tiles import HEAD, LEAST, TURNED_HEAD, pays
 
 
 class Unmade(NamedTuple):
-    """x [M K] @ weight [N K].T + bias, not made yet: attention does it, and turns queries and keys as it goes."""
+    """x [M K] @ weight [N K].T + bias, not made yet: in a chain attention does it, and turns queries and keys as it goes."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None = None
 
-    def made(self, *, pdl: bool) -> Tensor:
-        return linear(*self, pdl=pdl)
+    def made(self) -> Tensor:
+        return linear(*self, pdl=True)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool) -> Tensor:
@@ -58,9 +58,9 @@ def written(
     if isinstance(qkv, Unmade):
         x, weight, _ = qkv
         # few rows gain more from small tiles than from a kernel less
-        if pdl and keys.shape[3] == HEAD and len(x) > LEAST and pays("heads", x, len(weight)):
+        if keys.shape[3] == HEAD and len(x) > LEAST and pays("heads", x, len(weight)):
             return tall.written(x, weight, *around, scale=scale, eps=eps, pdl=True)
-        qkv = qkv.made(pdl=pdl)
+        qkv = qkv.made()
     return rope.rotate_write(qkv, *around, scale=scale, eps=eps, pdl=pdl)
 
 
@@ -70,9 +70,9 @@ def turned(
     """Queries, times `scale`, keys and values [X heads Dv] of qkv [X Cv]; queries and keys are rotated."""
     if isinstance(qkv, Unmade):
         x, weight, bias = qkv
-        if pdl and bias is not None and len(weight) == 3 * heads * TURNED_HEAD and pays("turn", x, len(weight)):
+        if bias is not None and len(weight) == 3 * heads * TURNED_HEAD and pays("turn", x, len(weight)):
             q, k, v = tall.turned(x, weight, bias, cos, sin, scale=scale, pdl=True).unbind(1)
             return q, k, v
-        qkv = qkv.made(pdl=pdl)
+        qkv = qkv.made()
     q, k = rope.rotate_heads(qkv, cos, sin, heads, scale=scale, pdl=pdl)
     return q, k, qkv.view(len(qkv), 3, heads, -1)[:, 2]

@@ -135,7 +135,7 @@ def axial_kernel(coords, frequencies, cos, sin, X, QUARTER, QP: tl.constexpr, PD
         tl.store(sin + at, tl.sin(angle), mask=i < QUARTER)
 
 
-def axial(coords: Tensor, frequencies: Tensor, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
+def axial(coords: Tensor, frequencies: Tensor, *, pdl: bool) -> tuple[Tensor, Tensor]:
     """Rotary tables f32 [X Dv/2] of patches at coords [4 X] (row, column, ...) for frequencies [Dv/4]."""
     count, quarter = coords.shape[1], len(frequencies)
     cos = torch.empty(count, 2 * quarter, dtype=torch.float32, device=coords.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -124,9 +123,9 @@ def _launch(
     outputs = len(weight) // 2 if ending == "gate" else len(weight)
     pieces = [descriptor(weight, n, INPUTS) for n in tile.outputs]  # one or two
     # a program that leaves registers lets the next kernel's start beside it; one of wide tiles needs them
-    lean = sum(tile.outputs) <= 64 and ending != "gate"
-    tall_kernel[(triton.cdiv(rows, 64 * tile.groups), triton.cdiv(outputs, sum(tile.outputs)), tile.parts)](
-        descriptor(x, 64 * tile.groups, INPUTS), pieces[0], pieces[-1], y, end, rows, outputs, inputs // tile.parts,
+    lean = tile.columns <= 64 and ending != "gate"
+    tall_kernel[tile.grid(rows, outputs)](
+        descriptor(x, tile.rows, INPUTS), pieces[0], pieces[-1], y, end, rows, outputs, inputs // tile.parts,
         REST=sum(tile.outputs[1:]), END=ending, GROUPS=tile.groups, STAGES=tile.stages, REGISTERS=104 if lean else 232,
         num_warps=4, **options(pdl), **({"maxnreg": 80} if lean else {}),
     )  # fmt: skip

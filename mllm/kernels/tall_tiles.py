@@ -3,9 +3,11 @@ measured on an H200; the record is in `docs/performance.md`."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import triton
 from torch import Tensor
 
 from mllm.kernels.hopper import MULTIPROCESSORS, TYPES
@@ -38,12 +40,21 @@ class Tile(NamedTuple):
     stages: int
     parts: int = 1
 
-    def programs(self, rows: int, outputs: int) -> int:
-        return -(-rows // (64 * self.groups)) * -(-outputs // sum(self.outputs)) * self.parts
+    @property
+    def rows(self) -> int:
+        return 64 * self.groups
+
+    @property
+    def columns(self) -> int:
+        return sum(self.outputs)
+
+    def grid(self, rows: int, outputs: int) -> tuple[int, int, int]:
+        """The programs that a product of so many rows and outputs takes."""
+        return triton.cdiv(rows, self.rows), triton.cdiv(outputs, self.columns), self.parts
 
     def turns(self, rows: int, outputs: int) -> int:
         """Of the chip, a multiprocessor for each program."""
-        return -(-self.programs(rows, outputs) // MULTIPROCESSORS)
+        return triton.cdiv(math.prod(self.grid(rows, outputs)), MULTIPROCESSORS)
 
 
 TILES = {
@@ -66,7 +77,7 @@ def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
         parts += [n for n in (2, 4) if inputs % (64 * n) == 0 and inputs // n >= least]
 
     def read(tile: Tile) -> int:
-        each = 64 * tile.groups + sum(tile.outputs) * (2 if gate else 1)
+        each = tile.rows + tile.columns * (2 if gate else 1)
         return tile.turns(rows, outputs) * each * inputs // tile.parts
 
     tiles = TILES.get(ending, TILES["other"])
@@ -87,7 +98,7 @@ def pays(ending: str, x: Tensor, outputs: int) -> bool:
         return True
     tile = tile_for(ending, rows, outputs, inputs)
     turns = tile.turns(rows, outputs)
-    wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * 64 * tile.groups * sum(tile.outputs))
+    wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * tile.rows * tile.columns)
     if rows <= FEW:
         return turns == 1 and (wanted >= MOSTLY or work <= WORK)
     if ending == "gate":
