@@ -66,8 +66,11 @@ def test_prompts_attend_to_what_is_before_them_on_hopper(
     assert prompt_error(run, rows, free, size=size, page=page, dtype=torch.bfloat16, device=device) < 1e-2
 
 
-PRODUCTS = [(1, 64, 8), (64, 2048, 640), (130, 200, 136), (256, 1024, 1024), (300, 6144, 256), (1000, 2048, 6144)]
-"""Rows, inputs and outputs of products on Hopper: of one tile and less, of tiles in parts, of several turns of the chip."""
+PRODUCTS = [
+    (1, 64, 8), (64, 2048, 640), (130, 200, 136), (256, 1024, 1024), (300, 6144, 256), (1000, 2048, 6144), (4500, 320, 1544),
+]  # fmt: skip
+"""Rows, inputs and outputs of products on Hopper: of one tile and less, of tiles in parts, of several turns of the chip and
+several bands."""
 
 
 def factors(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +91,7 @@ def test_a_product_goes_on_with_what_follows_it(
     from mllm.kernels import tall
 
     x, weight, bias = factors(shape, dtype, device)
+    y = factors((len(x), len(weight), 1), dtype, device)[0]
     exact = x.double() @ weight.double().T
     shifted = exact + bias.double()
     gate, up = exact.chunk(2, 1)
@@ -99,13 +103,35 @@ def test_a_product_goes_on_with_what_follows_it(
         (tall.linear(x, weight, bias, gelu="none", pdl=pdl), functional.gelu(shifted)),
         (tall.split(x, weight, pdl=pdl).double().sum(0), exact),
         (tall.gated(x, weight, pdl=pdl), functional.silu(gate) * up),
+        (tall.added(x, weight, y, pdl=pdl), y.double() + exact),
+        (tall.added(x, weight, y, bias, pdl=pdl), y.double() + shifted),
     ]:
         assert error(got, want) < 1e-2
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("shape", [(130, 320, 256), (256, 2048, 2048), (1000, 640, 1280), (4500, 320, 1536)], ids=str)
+def test_two_products_do_the_norm_between_them(
+    shape: tuple[int, int, int], pdl: bool, device: str, hopper: None
+) -> None:
+    from mllm.kernels import tall
+
+    rows, _, width = shape
+    x, weight, norm = factors(shape, torch.bfloat16, device)
+    y, after, _ = factors((rows, width, 512), torch.bfloat16, device)
+    exact = y.double() + x.double() @ weight.double().T
+    normal = torch.nn.functional.rms_norm(exact, (width,), norm.double(), eps=1e-6)
+    total, scaled = tall.scaled(x, weight, y, norm, eps=1e-6, pdl=pdl)
+    gate, up = (normal @ after.double().T).chunk(2, 1)
+    assert error(total, exact) < 1e-2
+    assert error(tall.linear(scaled, after, pdl=pdl), normal @ after.double().T) < 1e-2
+    assert error(tall.gated(scaled, after, pdl=pdl), torch.nn.functional.silu(gate) * up) < 1e-2
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("heads", [1, 3, 16])
-@pytest.mark.parametrize("count", [4, 200, 500, 900])
+@pytest.mark.parametrize("count", [4, 200, 500, 900, 4500])
 def test_queries_and_keys_are_turned_where_their_product_is_made(
     count: int, heads: int, device: str, hopper: None
 ) -> None:
@@ -121,8 +147,8 @@ def test_queries_and_keys_are_turned_where_their_product_is_made(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("heads", [(1, 1), (16, 8), (20, 4)], ids=str)
-@pytest.mark.parametrize("count", [3, 200, 512, 1000])
+@pytest.mark.parametrize("heads", [(1, 1), (16, 8), (20, 4), (21, 4)], ids=str)
+@pytest.mark.parametrize("count", [3, 200, 512, 1000, 4500])
 def test_keys_and_values_are_written_where_their_product_is_made(
     count: int, heads: tuple[int, int], device: str, hopper: None
 ) -> None:
@@ -147,10 +173,12 @@ def test_keys_and_values_are_written_where_their_product_is_made(
     assert max(error(a, b) for a, b in zip(*held, strict=True)) < 1e-2
 
 
-SHAPES_OF_PRODUCTS = [(rows, n, k) for rows in (1, 65, 256, 400, 1000, 2048) for n, k in ((1024, 4096), (6144, 2048))]
+SHAPES_OF_PRODUCTS = [
+    (rows, n, k) for rows in (1, 65, 256, 400, 1000, 2048, 9216) for n, k in ((1024, 4096), (6144, 2048))
+]
 
 
-@pytest.mark.parametrize("ending", ["plain", "bias", "gelu_tanh", "parts", "gate", "turn", "heads"])
+@pytest.mark.parametrize("ending", ["other", "sum", "gate", "turn", "heads"])
 @pytest.mark.parametrize("shape", SHAPES_OF_PRODUCTS, ids=str)
 def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, int], ending: str) -> None:
     from mllm.kernels.tall_tiles import tile_for
@@ -161,7 +189,7 @@ def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, in
     assert tile.stages * (tile.rows + columns) * 64 * 2 < 227 * 1024
     assert columns <= 256  # half of a group's registers are sums
     assert inputs % (64 * tile.parts) == 0
-    assert ending == "parts" or tile.parts == 1
+    assert ending == "sum" or tile.parts == 1
     assert math.prod(tile.grid(rows, outputs)) * tile.rows * tile.columns >= rows * outputs * tile.parts
 
 
@@ -171,12 +199,13 @@ def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
     def x(rows: int, inputs: int = 2048, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(rows, inputs, dtype=dtype, device="meta")
 
-    assert [n for n in (40, 160, 256, 512, 640, 1024, 1100) if pays("gate", x(n), 6144)] == [40, 256, 512, 1024]
-    assert [n for n in (256, 384, 512, 1024) if pays("heads", x(n), 4096)] == [256, 512]
-    assert not pays("gate", x(256, 2560), 9728)  # two turns
-    assert [rows for rows in (256, 512, 1024) if pays("linear", x(rows, 1024), 4096)] == [256]
-    assert [rows for rows in (576, 1024, 2304) if pays("turn", x(rows, 1024), 3072)] == [576, 1024]
-    assert pays("parts", x(1000, 1024), 1024)  # few outputs
+    assert [n for n in (40, 160, 256, 384, 512, 1024, 2048) if pays("gate", x(n), 6144)] == [40, 256, 512, 1024, 2048]
+    assert [n for n in (256, 384, 512, 1024, 2048) if pays("heads", x(n), 4096)] == [256, 512, 1024, 2048]
+    assert not any(pays("heads", x(n, 4096), 6144) for n in (256, 512, 1024))  # much of the chip would be idle
+    assert [rows for rows in (256, 512, 1024, 4096) if pays("other", x(rows, 1024), 4096)] == [256]
+    assert [rows for rows in (576, 1024, 1600, 4096) if pays("turn", x(rows, 1024), 3072)] == [576, 1024, 4096]
+    assert pays("sum", x(1000, 1024), 1024)  # few outputs
+    assert [rows for rows in (512, 640, 1024, 4096) if pays("sum", x(rows, 6144), 2048)] == [512, 1024, 4096]
     assert not pays("gate", x(256, dtype=torch.float32), 6144)
     assert not pays("gate", x(256, 1028), 6144)  # rows that do not begin at 16 bytes
 

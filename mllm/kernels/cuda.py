@@ -45,11 +45,9 @@ CHAINED_ROWS = range(64, 257)
 """Rows of a decode step for which the products of `tall` beat both on Hopper; the same."""
 SKINNY_TOKENS = 64
 """Tokens of a prompt up to which the products of `skinny` beat the others; the same."""
-CHAINED_TOKENS = 2048
-"""Tokens up to which a prompt's kernels are a chain on Hopper; beyond, they outlast their launches."""
 FLASH_TOKENS = 2048
 """Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same. `flash_hopper` beats both."""
-Product = Callable[..., Any]  # y [T K], weight [N K] -> [T N], gated [T N/2], in parts [... T N], or unmade
+Product = Callable[..., Any]  # y [T K], weight [N K] -> [T N], gated [T N/2]; with x [T N] -> the stream
 
 
 def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
@@ -76,7 +74,7 @@ def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
     chain = chained or (pdl and few)  # cuBLAS would break it
     return attrs.evolve(
         ops,
-        **(_skinny(pdl=chain) if few else _products(pdl=chain)),
+        **(_skinny(pdl=chain) if few else _chained() if chained else _products()),
         head=partial(_head, every=True, pdl=chain),
     )
 
@@ -89,7 +87,7 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
     on the host.
     """
     few = tokens <= SKINNY_TOKENS
-    chained = hopper and not few and tokens <= CHAINED_TOKENS
+    chained = hopper and not few
     pdl = chained or (wide and few)
     return attrs.evolve(
         REFERENCE,
@@ -99,42 +97,60 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
         put_=partial(elementwise.put_, pdl=pdl),
         add_=partial(elementwise.add_, pdl=pdl),
         sample=partial(_sample, pdl=pdl),
-        **(_skinny(pdl=pdl) if few else _products(pdl=pdl, unmade=chained)),
+        **(_skinny(pdl=pdl) if few else _chained(unmade=True) if chained else _products()),
         head=partial(_head, every=False, pdl=pdl),
     )
 
 
 def _skinny(*, pdl: bool) -> dict[str, Callable[..., Any]]:
     product = partial(skinny.linear, pdl=pdl)
-    return _around(product, partial(product, gate=True), partial(product, parts=True), pdl=pdl)
+
+    def added(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
+        return Pending(x, product(y, weight, parts=True))
+
+    return _around(product, partial(product, gate=True), added, partial(add_norm, pdl=pdl))
 
 
-def _products(*, pdl: bool, unmade: bool = False) -> dict[str, Callable[..., Any]]:
-    """`unmade`: queries, keys and values are made by attention."""
-    product = products.Unmade if unmade else partial(products.linear, pdl=pdl)
-    return _around(product, partial(products.gated, pdl=pdl), partial(products.split, pdl=pdl), pdl=pdl)
+def _products() -> dict[str, Callable[..., Any]]:
+    linear, gated = partial(products.linear, pdl=False), partial(products.gated, pdl=False)
+    return _around(linear, gated, partial(products.added, pdl=False), add_norm)
 
 
-def _around(product: Product, gated: Product, parts: Product, *, pdl: bool) -> dict[str, Callable[..., Any]]:
-    """The ops around the products of a layer; those that end in the residual stream stay pending for the next norm."""
+def _around(linear: Product, gated: Product, added: Product, norm: Product) -> dict[str, Callable[..., Any]]:
+    """The ops of a layer's products, and of the norms before them."""
     return {
-        "norm_linear": partial(_after_norm, product=product, pdl=pdl),
-        "norm_gate": partial(_after_norm, product=gated, pdl=pdl),
-        "linear_add": lambda y, weight, x: Pending(x, parts(y, weight)),
+        "norm_linear": partial(_after_norm, product=linear, norm=norm),
+        "norm_gate": partial(_after_norm, product=gated, norm=norm),
+        "linear_add": added,
     }
 
 
 def _after_norm(
-    x: Stream, norm: Tensor, weight: Tensor, *, eps: float, product: Product, pdl: bool
-) -> tuple[Stream, Any]:
-    x, y = add_norm(x, norm, eps=eps, pdl=pdl)
-    return x, product(y, weight)
+    x: Stream, weight: Tensor, then: Tensor, *, eps: float, product: Product, norm: Product
+) -> tuple[Tensor, Any]:
+    total, y = norm(x, weight, eps=eps)
+    return total, product(y, then)
 
 
-def _head(x: Stream, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, every: bool, pdl: bool) -> Tensor:
+def _chained(*, unmade: bool = False) -> dict[str, Callable[..., Any]]:
+    """The same in a chain on Hopper; `unmade`: queries, keys and values are made by attention."""
+    linear = products.Unmade if unmade else partial(products.linear, pdl=True)
+    gated = partial(products.gated, pdl=True)
+    return {
+        "norm_linear": partial(products.normed, product=linear, ending="heads" if unmade else "other"),
+        "norm_gate": partial(products.normed, product=gated, ending="gate"),
+        "linear_add": products.Unadded,
+    }
+
+
+def _head(
+    x: Stream, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float, every: bool, pdl: bool
+) -> Tensor:
     """`every`: of a decode step, whose positions are its rows in order."""
-    if not every:
-        x = x.at(last) if isinstance(x, Pending) else x.index_select(0, last)
+    if last is not None and not every:
+        x = x.index_select(0, last) if isinstance(x, Tensor) else x.at(last)
+    if isinstance(x, products.Unadded):
+        x = x.made()
     y = add_norm(x, norm, eps=eps, pdl=pdl)[1]
     if len(y) <= SKINNY_ROWS:
         return skinny.linear(y, weight, pdl=pdl, dtype=torch.float32)

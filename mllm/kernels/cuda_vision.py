@@ -21,8 +21,6 @@ from mllm.weights import Merger, TapMerger, VisionWeights
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """Of PyTorch's attention, best first: cuDNN's is 1.5 times as fast as the next on an H200, and Orin's has none."""
-CHAINED_PATCHES = 1536
-"""Patches up to which the encoder's kernels are a chain on Hopper; beyond, they outlast their launches."""
 
 
 @state
@@ -43,7 +41,7 @@ def vision_ops(ops: Ops, count: int = 2**31, *, captured: bool, wide: bool, hopp
     """`ops` with the encoder's, for so many patches in all. `captured`: nothing is read on the host, so that a graph can
     hold it. `wide`: capability 9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention and products of their
     own."""
-    pdl = hopper and count <= CHAINED_PATCHES
+    pdl = hopper
     return attrs.evolve(
         ops,
         cut=patches.cut,
@@ -88,7 +86,7 @@ def layer_norm_linear(
 
 
 def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool, pdl: bool) -> Tensor:
-    x, width = (qkv.x, len(qkv.weight)) if isinstance(qkv, products.Unmade) else (qkv, qkv.shape[1])
+    x, width = (qkv.rows, len(qkv.weight)) if isinstance(qkv, products.Unmade) else (qkv, qkv.shape[1])
     count, heads = len(x), plan.heads
     size = width // (3 * heads)
     tile = flash_hopper.image_tile(count, heads, size, x.dtype, chained=pdl) if hopper else None
@@ -114,7 +112,7 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], 
 
 
 def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, pdl: bool) -> Stream:
-    return Pending(x, products.split(y, weight, pdl=pdl), bias)
+    return products.added(y, weight, x, bias, pdl=pdl)
 
 
 def layer_norm_gelu(

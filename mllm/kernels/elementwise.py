@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mllm.kernels.norm import Pending, Stream
+from mllm.kernels.norm import Stream
 from mllm.kernels.pdl import FUSED, launch_dependents, options, wait
 from mllm.kernels.room import empty_rows
 
@@ -47,7 +47,7 @@ def place_kernel(x, at, rows, E, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl
 
 
 def _place(stream: Stream, at: Tensor, rows: Tensor, *, add: bool, pdl: bool) -> Stream:
-    x = stream.x if isinstance(stream, Pending) else stream
+    x = stream if isinstance(stream, Tensor) else stream.x
     count, width = rows.shape
     if count:
         block = min(1024, triton.next_power_of_2(width))

@@ -4,31 +4,74 @@ cuBLAS's."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mllm.kernels import elementwise, rope, tall
-from mllm.kernels.norm import split_linear
-from mllm.kernels.tall_tiles import HEAD, LEAST, TURNED_HEAD, pays
+from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
+from mllm.kernels.tall import Scaled
+from mllm.kernels.tall_tiles import HEAD, LEAST, TURNED_HEAD, pays, tile_for
 
 
 class Unmade(NamedTuple):
     """x [M K] @ weight [N K].T + bias, not made yet: in a chain attention does it, and turns queries and keys as it goes."""
 
-    x: Tensor
+    x: Tensor | Scaled
     weight: Tensor
     bias: Tensor | None = None
 
     def made(self) -> Tensor:
         return linear(*self, pdl=True)
 
+    @property
+    def rows(self) -> Tensor:
+        """x, or what it is to be made of."""
+        return self.x.x if isinstance(self.x, Scaled) else self.x
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool) -> Tensor:
+
+class Unadded(NamedTuple):
+    """x [M N] + y [M K] @ weight [N K].T, not made yet: in a chain the norm after it does it, and some of its own work."""
+
+    y: Tensor
+    weight: Tensor
+    x: Tensor
+
+    def at(self, rows: Tensor) -> Unadded:
+        """Some rows of it."""
+        return Unadded(self.y.index_select(0, rows), self.weight, self.x.index_select(0, rows))
+
+    def made(self) -> Stream:
+        return added(*self, pdl=True)
+
+
+def normed(
+    stream: Stream | Unadded, norm: Tensor, weight: Tensor, *, eps: float, product: Callable[..., Any], ending: str
+) -> tuple[Tensor, Any]:
+    """(the stream with nothing pending, a product of its RMSNorm, with what follows that) in a chain. Where both this
+    product and the one that ends in the stream are ours, they do the norm between them."""
+    if isinstance(stream, Unadded):
+        y, into, x = stream
+        outputs = len(weight) // 2 if ending == "gate" else len(weight)
+        if _whole(y, into) and (ending == "gate" or len(x) > LEAST) and pays(ending, x, outputs):
+            total, scaled = tall.scaled(y, into, x, norm, eps=eps, pdl=True)
+            return total, product(scaled, weight)
+        stream = stream.made()
+    total, normal = add_norm(stream, norm, eps=eps, pdl=True)
+    return total, product(normal, weight)
+
+
+def _whole(y: Tensor, weight: Tensor) -> bool:
+    """Whether y [M K] @ weight [N K].T is made by `tall`, in one part."""
+    return pays("sum", y, len(weight)) and tile_for("sum", len(y), len(weight), y.shape[1]).parts == 1
+
+
+def linear(x: Tensor | Scaled, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool) -> Tensor:
     """x [M K] @ weight [N K].T + bias: [M N]; `gelu`: the "tanh" form of GELU of it, or "none" of its approximations."""
-    if pdl and pays("linear", x, len(weight)):
+    if isinstance(x, Scaled) or (pdl and pays("other", x, len(weight))):
         return tall.linear(x, weight, bias, gelu=gelu, pdl=True)
     if gelu == "tanh" and bias is not None:  # an epilogue of cuBLAS
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
@@ -36,14 +79,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str =
     return F.gelu(y, approximate=gelu) if gelu else y
 
 
-def split(x: Tensor, weight: Tensor, *, pdl: bool) -> Tensor:
-    """x [M K] @ weight [N K].T in parts [... M N] whose sum it is."""
-    return tall.split(x, weight, pdl=True) if pdl and pays("parts", x, len(weight)) else split_linear(x, weight)
+def added(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None, *, pdl: bool) -> Stream:
+    """x [M N] + y [M K] @ weight [N K].T + bias; pending where the product is made in parts, or by cuBLAS."""
+    if pdl and _whole(y, weight):
+        return tall.added(y, weight, x, bias, pdl=True)
+    ours = pdl and pays("sum", y, len(weight))
+    return Pending(x, tall.split(y, weight, pdl=True) if ours else split_linear(y, weight), bias)
 
 
-def gated(x: Tensor, weight: Tensor, *, pdl: bool) -> Tensor:
+def gated(x: Tensor | Scaled, weight: Tensor, *, pdl: bool) -> Tensor:
     """silu(gate) * up [M N] of x [M K] and weight [2N K], gate over up."""
-    if pdl and pays("gate", x, len(weight) // 2):
+    if isinstance(x, Scaled) or (pdl and pays("gate", x, len(weight) // 2)):
         return tall.gated(x, weight, pdl=True)
     return elementwise.gate(F.linear(x, weight))
 
@@ -58,7 +104,8 @@ def written(
     if isinstance(qkv, Unmade):
         x, weight, _ = qkv
         # few rows gain more from small tiles than from a kernel less
-        if keys.shape[3] == HEAD and len(x) > LEAST and pays("heads", x, len(weight)):
+        ours = isinstance(x, Scaled) or (len(x) > LEAST and pays("heads", x, len(weight)))
+        if ours and keys.shape[3] == HEAD:
             return tall.written(x, weight, *around, scale=scale, eps=eps, pdl=True)
         qkv = qkv.made()
     return rope.rotate_write(qkv, *around, scale=scale, eps=eps, pdl=pdl)
@@ -70,7 +117,8 @@ def turned(
     """Queries, times `scale`, keys and values [X heads Dv] of qkv [X Cv]; queries and keys are rotated."""
     if isinstance(qkv, Unmade):
         x, weight, bias = qkv
-        if bias is not None and len(weight) == 3 * heads * TURNED_HEAD and pays("turn", x, len(weight)):
+        fits = len(weight) == 3 * heads * TURNED_HEAD
+        if fits and bias is not None and isinstance(x, Tensor) and pays("turn", x, len(weight)):
             q, k, v = tall.turned(x, weight, bias, cos, sin, scale=scale, pdl=True).unbind(1)
             return q, k, v
         qkv = qkv.made()

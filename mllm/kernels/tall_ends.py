@@ -8,39 +8,138 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mllm.kernels.hopper import mma, nothing
+
+LOG2E = gl.constexpr(1.4426950408889634)
+HEAD = gl.constexpr(128)
+"""The size of the heads that are written where they are made."""
+
+
+@gluon.constexpr_function
+def adds(END):
+    return END in ("add", "bias_add", "scale")
+
+
+@gluon.jit
+def begin(ws, end, m, firsts, M, N, END: gl.constexpr):
+    """What the products of each piece are added to [64 n]: nothing, or where END `adds` what the last of `end`, [M N], has
+    there. That is on its way while the first tiles are."""
+    accs = ()
+    for j in gl.static_range(len(ws)):
+        if adds(END):
+            accs += (_there(end[-1], m, firsts[j], M, N, ws[j].shape[1]),)  # type: ignore[assignment]
+        else:
+            accs += (nothing(ws[j].shape[1]),)  # type: ignore[assignment]
+    return accs
+
+
+@gluon.jit
+def _there(x, m, n0, M, N, BN: gl.constexpr):
+    layout: gl.constexpr = mma(BN)
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    c = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
+    at = x + r.to(gl.int64)[:, None] * N + c[None, :]
+    return gl.load(at, mask=(r < M)[:, None] & (c < N)[None, :], other=0.0).to(gl.float32)
+
 
 @gluon.jit
 def finish(accs, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.constexpr):
     """Write the pieces accs [64 n] of the rows from m on, whose columns begin at firsts, to y [M N] as END has it."""
-    if END == "gate":  # the second half of the pieces is up
-        HALF: gl.constexpr = len(accs) // 2
-        for j in gl.static_range(HALF):
-            _store(accs[j] * accs[HALF + j] / (1.0 + gl.exp(-accs[j])), y, m, firsts[j], M, N, dtype)
+    if END == "gate":
+        for j in gl.static_range(len(accs)):
+            gate, up = _halves(accs[j])
+            _store(gate * up * _sigmoid(gate * LOG2E), y, m, firsts[j], M, N, dtype)
     elif END == "heads":
         for j in gl.static_range(len(accs)):
-            _write_head(accs[j], y, end, m, firsts[j] // accs[j].shape[1], M, dtype)
+            _write_heads(accs[j], y, end, m, firsts[j], M, dtype)
+    elif END == "scale":
+        for j in gl.static_range(len(accs)):
+            _store_scaled(accs[j], y, end, m, firsts[j], M, N, dtype)
     else:
         for j in gl.static_range(len(accs)):
             acc = accs[j]
-            if END != "plain":
+            if END != "plain" and END != "add":
                 acc = _biased(acc, end[0], firsts[j], N)
             if END == "gelu_none":
                 acc = acc * 0.5 * (1.0 + gl.erf(acc * 0.7071067811865476))
             elif END == "gelu_tanh":  # x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x**3))
-                acc = acc / (1.0 + gl.exp(acc * (-1.5957691216057308 - 0.07135481627260025 * acc * acc)))
+                acc *= _sigmoid(acc * (2.302208198295474 + 0.10294323969629199 * acc * acc))
             elif END == "turn":
                 acc = _turned(acc, end, m, firsts[j], M)
             _store(acc, y, m, firsts[j], M, N, dtype)
 
 
 @gluon.jit
+def _sigmoid(x):
+    """1 / (1 + 2^-x), by two instructions of the unit for such functions: a division takes ten others."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(-x)], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _halves(acc):
+    """The first and the last columns of acc [64 BN]."""
+    return gl.split(gl.permute(gl.reshape(acc, [64, 2, acc.shape[1] // 2]), [0, 2, 1]))
+
+
+@gluon.jit
+def _pieces(acc, WIDTH: gl.constexpr):
+    """acc [64 BN] in pieces of so many columns at most, which are laid out anew in the same shared memory, one by one."""
+    if acc.shape[1] <= WIDTH:
+        pieces = (acc,)
+    else:
+        left, right = _halves(acc)
+        pieces = _pieces(left, WIDTH) + _pieces(right, WIDTH)
+    return pieces
+
+
+@gluon.jit
 def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
     """acc [64 BN] to the rows from m and the columns from n0 on of y [M N]."""
-    layout: gl.constexpr = _lines(acc.shape[1])
+    pieces = _pieces(acc, 128)
+    BN: gl.constexpr = pieces[0].shape[1]
+    layout: gl.constexpr = _lines(BN)
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    c = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    out = gl.convert_layout(acc.to(dtype), layout)
-    gl.store(y + r.to(gl.int64)[:, None] * N + c[None, :], out, mask=(r < M)[:, None] & (c < N)[None, :])
+    for i in gl.static_range(len(pieces)):
+        c = n0 + i * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
+        out = gl.convert_layout(pieces[i].to(dtype), layout)
+        gl.store(y + r.to(gl.int64)[:, None] * N + c[None, :], out, mask=(r < M)[:, None] & (c < N)[None, :])
+
+
+@gluon.jit
+def _store_scaled(acc, y, end, m, n0, M, N, dtype: gl.constexpr):
+    """acc [64 BN] to y [M N], as `_store`, and what RMSNorm of it will be made of; end: (the norm's weight, scaled [M N],
+    squares f32 [n M], x). Times that weight it goes to `scaled`, and each row's sum of squares to `squares`."""
+    weight, scaled, squares, _ = end
+    BN: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = acc.type.layout
+    acc = acc.to(dtype).to(gl.float32)  # what is normalised is what the next layer adds to
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    gl.store(squares + n0 // BN * M + r, gl.sum(acc * acc, 1), mask=r < M)
+    _store(acc, y, m, n0, M, N, dtype)
+    c = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
+    _store(acc * gl.load(weight + c, mask=c < N, other=0.0).to(gl.float32)[None, :], scaled, m, n0, M, N, dtype)
+
+
+@gluon.jit
+def squares_of(norm, m, M, P: gl.constexpr):
+    """The sums of squares [64 P] of the rows from m on, on their way; norm: (squares f32 [n M], n, eps)."""
+    squares, n, _ = norm
+    layout: gl.constexpr = gl.BlockedLayout([1, P // 2], [16, 2], [4, 1], [1, 0])
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    i = gl.arange(0, P, gl.SliceLayout(0, layout))
+    return gl.load(squares + i[None, :] * M + r[:, None], mask=(r < M)[:, None] & (i < n)[None, :], other=0.0)
+
+
+@gluon.jit
+def normalised(accs, sums, norm, K):
+    """accs, the products of K inputs of rows whose squares have these sums, by RMSNorm of those rows."""
+    factor = gl.rsqrt(gl.sum(sums, 1) / K + norm[2])
+    out = ()
+    for j in gl.static_range(len(accs)):
+        out += (accs[j] * gl.convert_layout(factor, gl.SliceLayout(1, accs[j].type.layout))[:, None],)  # type: ignore[assignment]
+    return out
 
 
 @gluon.constexpr_function
@@ -77,6 +176,17 @@ def _turned(acc, end, m, n0, M):
 
 
 @gluon.jit
+def _write_heads(acc, q, end, m, n0, M, dtype: gl.constexpr):
+    """acc [64 BN], one head or two, the first of which begins at column n0."""
+    if acc.shape[1] > HEAD:
+        first, second = _halves(acc)
+        _write_head(first, q, end, m, n0 // HEAD, M, dtype)
+        _write_head(second, q, end, m, n0 // HEAD + 1, M, dtype)
+    else:
+        _write_head(acc, q, end, m, n0 // HEAD, M, dtype)
+
+
+@gluon.jit
 def _write_head(acc, q, end, m, h, M, dtype: gl.constexpr):
     """acc [64 D], head h of 64 tokens. One of the first H is a query: normalised, rotated and scaled it goes to q [M H D].
     The next K are keys, normalised and rotated, and the others values; they go to slots [M] of their pools [slots K D].
@@ -90,7 +200,7 @@ def _write_head(acc, q, end, m, h, M, dtype: gl.constexpr):
     layout: gl.constexpr = _lines(D)
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    inside = (r < M)[:, None]
+    inside = (r < M)[:, None] & (h < H + 2 * K)  # a piece of two heads may begin with the last
     slot = gl.load(slots + r, mask=r < M, other=0)
     at = (slot * K + (h - H) % K)[:, None] * D + d[None, :]
     out = gl.convert_layout(acc.to(dtype), layout)
@@ -112,8 +222,11 @@ def _turned_head(acc, q_norm, k_norm, cos, sin, times, eps, m, query, M):
     m = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
     i = gl.arange(0, HALF, gl.SliceLayout(0, layout))
     factor = gl.rsqrt(gl.sum(a * a + b * b, 1) / D + eps)[:, None]
-    a *= factor * gl.where(query, gl.load(q_norm + i), gl.load(k_norm + i)).to(gl.float32)[None, :]
-    b *= factor * gl.where(query, gl.load(q_norm + HALF + i), gl.load(k_norm + HALF + i)).to(gl.float32)[None, :]
+    norm = k_norm
+    if query:
+        norm = q_norm
+    a *= factor * gl.load(norm + i).to(gl.float32)[None, :]
+    b *= factor * gl.load(norm + HALF + i).to(gl.float32)[None, :]
     at = m[:, None] * HALF + i[None, :]
     c = gl.load(cos + at, mask=(m < M)[:, None], other=0.0)
     s = gl.load(sin + at, mask=(m < M)[:, None], other=0.0)

@@ -20,15 +20,14 @@ LEAST = 128
 """Rows up to which starting and ending is so much of a product that it is ours."""
 FEW = 256
 """Rows up to which it is where the chip makes it in one turn, with little that is not wanted."""
-MOSTLY = 0.8
-"""Share of that turn's outputs that must be wanted."""
+SOME = 1536
+"""Rows up to which it is where cuBLAS needs a kernel after it to rotate, or has too few outputs to fill the chip."""
 WORK = 2_500_000_000
-"""Multiplications up to which that doesn't matter, nor, where outputs are few, the rows: cuBLAS leaves much of the chip idle
-there."""
-TURNED_ROWS = 1536
-"""Patches up to which rotating in the product's kernel beats cuBLAS's larger tiles and a kernel after it."""
-FULL = 0.94
-"""Share of the outputs of all turns of the chip that must be wanted for ours to be faster elsewhere."""
+"""Multiplications up to which outputs are few in that sense, or what is not wanted doesn't matter."""
+MOSTLY, FULL = 0.75, 0.94
+"""Shares of the outputs of the chip's turns that must be wanted: for few rows or a gate, and for others."""
+BUSY, BUSY_TURNING = 0.85, 0.7
+"""Shares of the time that the tensor cores must be busy, by `_clocks`, for ours to be faster elsewhere."""
 
 
 class Tile(NamedTuple):
@@ -61,18 +60,28 @@ TILES = {
     "heads": (Tile(1, (128,), 8), Tile(2, (128,), 6)),
     "turn": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(2, (128,), 6), Tile(2, (128, 64), 5)),
     "gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(1, (64, 32), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
-    "parts": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
+    "sum": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
     "other": (Tile(2, (64,), 8), Tile(2, (64, 32), 7), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
 }
-"""By what ends a product. Programs with 32 outputs beside 64 are for short or low ones; in others they wait for L2."""
+"""By what ends a product, where the chip can make it in one turn."""
+WIDE = {
+    "heads": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
+    "gate": (Tile(2, (64,), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
+}
+WIDEST = (Tile(2, (128,), 6), Tile(2, (128, 64), 5), Tile(2, (256,), 4))
+"""The same where it needs more: for these endings, and for others."""
+TURN = 2000
+"""Clocks of a turn beside its products."""
+TENSOR = 2048
+"""Products that a multiprocessor's tensor cores make in a clock."""
 
 
 @lru_cache(maxsize=1024)
 def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
-    """The tile for which the chip's turns read least: what a turn takes is mostly what its programs read from L2."""
+    """One turn of the chip takes mostly what its programs read from L2; where it needs more, what `_clocks` says."""
     gate = ending == "gate"
     parts = [1]
-    if ending == "parts":
+    if ending == "sum":
         least = 1024 if rows <= 128 else 1536  # inputs of a part: the norm that adds them up reads them all
         parts += [n for n in (2, 4) if inputs % (64 * n) == 0 and inputs // n >= least]
 
@@ -80,27 +89,43 @@ def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
         each = tile.rows + tile.columns * (2 if gate else 1)
         return tile.turns(rows, outputs) * each * inputs // tile.parts
 
-    tiles = TILES.get(ending, TILES["other"])
-    narrow = rows <= FEW if gate else inputs <= 2048
-    return min((tile._replace(parts=n) for tile in tiles for n in parts if narrow or 32 not in tile.outputs), key=read)
+    narrow = rows <= FEW if gate else inputs <= 2048  # programs with 32 outputs beside 64 wait for L2 in others
+    tiles = [tile._replace(parts=n) for tile in TILES[ending] for n in parts if narrow or 32 not in tile.outputs]
+    tile = min(tiles, key=read)
+    if tile.turns(rows, outputs) == 1:
+        return tile
+    return min(WIDE.get(ending, WIDEST), key=lambda tile: _clocks(tile, rows, outputs, inputs, gate=gate))
+
+
+def _clocks(tile: Tile, rows: int, outputs: int, inputs: int, *, gate: bool) -> float:
+    """What a product takes. Shared memory, which holds 64 inputs a row, gives or takes a row a clock: for each 64 inputs a
+    tile's rows are brought once, and each group reads its own for each piece of the outputs, and those of all outputs."""
+    columns = tile.columns * (2 if gate else 1)
+    read = tile.groups * (64 * len(tile.outputs) + columns)
+    each = max(read + tile.rows + columns, 64 * tile.rows * columns / TENSOR)
+    return tile.turns(rows, outputs) * (inputs / 64 * each + TURN)
 
 
 def pays(ending: str, x: Tensor, outputs: int) -> bool:
     """Whether `tall` is faster than cuBLAS, with what it needs after it, for x [M K] and so many outputs; False also where
-    `tall` can't take x."""
+    `tall` can't take x. The ending of a product is one of `TILES`."""
     rows, inputs = x.shape
     if x.dtype not in TYPES or inputs % 8:  # what tensor cores take from shared memory, and descriptors copy
         return False
-    if ending == "turn":
-        return rows <= TURNED_ROWS
-    work = rows * outputs * inputs * (2 if ending == "gate" else 1)
-    if rows <= LEAST or (ending == "parts" and inputs <= 2048 and work <= WORK):
+    work = rows * outputs * inputs
+    few = ending == "sum" and inputs <= 2048 and work <= WORK
+    if rows <= LEAST or (rows <= SOME and (few or ending == "turn")):
         return True
     tile = tile_for(ending, rows, outputs, inputs)
     turns = tile.turns(rows, outputs)
     wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * tile.rows * tile.columns)
-    if rows <= FEW:
-        return turns == 1 and (wanted >= MOSTLY or work <= WORK)
     if ending == "gate":
-        return wanted >= FULL
-    return ending in ("heads", "parts") and turns == 1 and wanted >= FULL  # cuBLAS has the others' endings too
+        return wanted >= MOSTLY
+    if turns == 1 and rows <= FEW:
+        return wanted >= MOSTLY or work <= WORK
+    if ending == "other":  # cuBLAS ends it as well
+        return False
+    if turns == 1 and ending != "turn" and wanted >= FULL:
+        return True
+    busy = work / (TENSOR * MULTIPROCESSORS) / _clocks(tile, rows, outputs, inputs, gate=False)
+    return busy >= (BUSY_TURNING if ending == "turn" else BUSY)
