@@ -48,8 +48,8 @@ def norm_gate(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> 
     return x, F.silu(gate).mul_(up)
 
 
-def head(x: Tensor, last: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return norm_linear(x.index_select(0, last), norm_weight, weight, eps=eps)[1].float()
+def head(x: Tensor, last: Tensor | None, norm_weight: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    return norm_linear(x if last is None else x.index_select(0, last), norm_weight, weight, eps=eps)[1].float()
 
 
 def attend_(

@@ -36,8 +36,8 @@ def _by_rows(few: Callable[..., Any], many: Callable[..., Any]) -> Callable[...,
     return op
 
 
-def _head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    logits: Tensor = _norm_linear(x.index_select(0, last), norm, weight, eps=eps)[1]
+def _head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    logits: Tensor = _norm_linear(x if last is None else x.index_select(0, last), norm, weight, eps=eps)[1]
     return logits
 
 

@@ -140,8 +140,8 @@ def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return _plus_product(x.clone(memory_format=torch.contiguous_format), y.contiguous(), weight)
 
 
-def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return norm_linear(x.index_select(0, last), norm, weight, eps=eps)[1]
+def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    return norm_linear(x if last is None else x.index_select(0, last), norm, weight, eps=eps)[1]
 
 
 def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:

@@ -182,6 +182,6 @@ def linear_add(y: Tensor | Unmerged, weight: Tensor, x: Tensor, *, pdl: bool) ->
     return _launch(y, None, weight, x, eps=0.0, gate=False, pdl=pdl)
 
 
-def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
+def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
     """Of a step of one row, whose only position is the last."""
     return _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl, dtype=torch.float32)

@@ -18,7 +18,7 @@ NOT_FINITE = -1
 """The token that `sample` gives a row whose logits hold a NaN or an infinity."""
 
 Stream = Any  # the residual stream in a table's own form; the ops that read all of it hand it back, for the next to use
-Qkv = Any  # what the encoder's attention is made of: [X Cv], or a table's own form of it
+Qkv = Any  # what attention is made of: [T C], in vision [X Cv], or a table's own form of it
 Heads = Any  # what attention hands to the product after it: [T A], or a table's own form of it
 Plan = Any  # what a table computes once per forward pass and uses in every layer; its own business
 
@@ -30,11 +30,12 @@ class Ops:
     # decoder
     embed: Callable[[Tensor, Tensor], Stream]  # tokens [T], table [V E] -> [T E]
     plan: Callable[..., Plan]  # batch, config -> rotary tables and what attention needs
-    norm_linear: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [C E], eps -> x, [T C]
+    norm_linear: Callable[..., tuple[Tensor, Qkv]]  # x, norm [E], weight [C E], eps -> x [T E], [T C]
     attend_: Callable[..., Heads]  # qkv [T C], q_norm, k_norm, plan, keys, values [P S K D], eps -> heads; keys, values
     linear_add: Callable[..., Stream]  # y, weight, x -> x + y @ weight.T
     norm_gate: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [G E], eps -> x, silu(gate) * up [T F]
-    head: Callable[..., Tensor]  # x, last [Q], norm, weight [V E], eps -> logits f32 [Q V] of the positions `last`
+    # x, last [Q], norm, weight [V E], eps -> logits f32 [Q V] of the positions `last`, or of all where that is None
+    head: Callable[..., Tensor]
     # at the positions of image tokens; a negative one pads the batch
     put_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x
     add_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x

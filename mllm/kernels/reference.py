@@ -123,8 +123,8 @@ def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     return x, F.silu(gate).mul_(up)
 
 
-def head(x: Tensor, last: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    return norm_linear(x.index_select(0, last), norm, weight, eps=eps)[1].float()
+def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    return norm_linear(x if last is None else x.index_select(0, last), norm, weight, eps=eps)[1].float()
 
 
 def put_(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
