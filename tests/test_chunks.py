@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from running import in_chunks, start
@@ -145,3 +147,22 @@ def test_a_prefill_batch_far_smaller_than_a_prompt_changes_no_logit(
     monkeypatch.setattr(importlib.import_module("mllm.generate"), "PREFILL_TOKENS", 3)
     for got, want in zip(mllm.score(vision_model.ours, prompts), whole, strict=True):
         assert_close(got, want, TOLERANCE)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_only_positions_whose_logits_are_wanted_go_through_all_of_the_last_layer(
+    checkpoints: Callable[..., Tiny], layers: int
+) -> None:
+    """But where a deepstack tap comes after it, which adds to the positions of a picture."""
+    model, counts = checkpoints(vision=True, num_hidden_layers=layers).ours, list[int]()
+
+    def norm_gate(x: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(x))
+        return model.ops.norm_gate(x, *args, **kwargs)
+
+    prompt = mllm.Prompt([*words(2), IMAGE, *words(3)], [picture(16, 24)])
+    want = mllm.score(model, [prompt])[0]
+    counted = evolve(model, ops=evolve(model.ops, norm_gate=norm_gate), decode_ops=None)
+    got = mllm.generate(counted, [prompt], max_new_tokens=1)[0]
+    assert counts == [len(want)] * (layers - 1) + [1 if layers > 2 else len(want)]
+    assert list(got.tokens) == [int(want[-1].argmax())]
