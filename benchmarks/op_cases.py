@@ -61,7 +61,7 @@ class Arguments:
         if op in _EITHER:
             return model.ops
         if op in _VISION:
-            return model.vision_ops(GRID[0] * GRID[1]) if model.vision_ops else model.ops
+            return model.vision_ops or model.ops
         return model.step_ops(self.rows)
 
     def plan(self, batch: ForwardBatch) -> Any:

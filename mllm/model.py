@@ -41,7 +41,7 @@ class Model:
     memory: MemoryProfile
     decode_ops: Callable[[int], Ops] | None = None
     prompt_ops: Callable[[int], Ops] | None = None
-    vision_ops: Callable[[int], Ops] | None = None
+    vision_ops: Ops | None = None
     tokenizer: Tokenizer | None = None
     images: ImageConfig | None = None
     name: str = ""

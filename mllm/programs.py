@@ -82,5 +82,5 @@ def _vit(model: Model, patches: PatchBatch, padded: bool) -> VisionTokens:
     """The features of a batch of images. Raises `ImageError` where the model has no encoder."""
     if model.config.vision is None or model.weights.vision is None:
         raise ImageError("a model that reads only text was given an image")
-    ops = model.vision_ops(len(patches.patches)) if padded and model.vision_ops else model.ops
+    ops = model.vision_ops if padded and model.vision_ops else model.ops
     return stages.vit(model.weights.vision, patches, config=model.config.vision, ops=ops)

@@ -92,7 +92,7 @@ def vision(model: str, count: int, *, wide: bool, hopper: bool) -> None:
     """Every op of the captured table of the encoder once."""
     config = families.preset(model)
     size = config.sizes
-    ops = cuda_vision.vision_ops(REFERENCE, count, captured=True, wide=wide, hopper=hopper)
+    ops = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=hopper)
     weights = build(config, lambda path, shape: empty(*shape)).vision
     pixels = patches.cut(empty(16 * 32, 16 * count // 32, 3, dtype=torch.uint8), patch=16, merge=2)
     batch = PatchBatch(

@@ -38,7 +38,7 @@ def padded(vision_model: Tiny) -> mllm.Model:
     return evolve(
         model, weights=map_leaves(Tensor.contiguous, model.weights), ops=REFERENCE,
         decode_ops=partial(cuda.decode_ops, pdl=False), prompt_ops=partial(cuda.prompt_ops, wide=False),
-        vision_ops=lambda patches: vision,
+        vision_ops=vision,
     )  # fmt: skip
 
 

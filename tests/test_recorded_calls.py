@@ -41,7 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 @pytest.fixture
 def model(vision_model: Tiny) -> mllm.Model:
     ops = vision_model.ours.ops
-    return evolve(vision_model.ours, prompt_ops=lambda tokens: ops, vision_ops=lambda patches: ops)
+    return evolve(vision_model.ours, prompt_ops=lambda tokens: ops, vision_ops=ops)
 
 
 def run(model: mllm.Model, vision_model: Tiny) -> list[Completion]:

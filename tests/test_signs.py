@@ -67,9 +67,11 @@ def test_answers_do_not_depend_on_the_company(signs: Model) -> None:
 
 def test_an_op_is_exchanged_in_every_table(signs: Model) -> None:
     """Also in those that only a GPU has."""
-    model = attrs.evolve(signs, prompt_ops=lambda tokens: signs.ops, vision_ops=lambda patches: signs.ops)
+    model = attrs.evolve(signs, prompt_ops=lambda tokens: signs.ops, vision_ops=signs.ops)
     changed = in_every_table(model, lambda ops: attrs.evolve(ops, add_=len))
-    tables = [changed.step_ops(1), *(table(1) for table in (changed.prompt_ops, changed.vision_ops) if table)]
+    assert changed.prompt_ops is not None
+    assert changed.vision_ops is not None
+    tables = [changed.step_ops(1), changed.prompt_ops(1), changed.vision_ops]
     assert [ops.add_ for ops in (changed.ops, *tables)] == [len] * 4
     assert [ops.put_ for ops in tables] == [signs.step_ops(1).put_, signs.ops.put_, signs.ops.put_]
     assert changed.shelf is not signs.shelf

@@ -215,7 +215,7 @@ def _attend_prompts(
     if plan.attend is not None:
         return plan.attend(q, keys, values)
     each = len(q) // len(plan.lengths)
-    ours = flash_hopper.prompt_tile(each, size, page_size, q.dtype, chained=pdl) if hopper else None
+    ours = flash_hopper.prompt_tile(each, size, page_size, q.dtype) if hopper else None
     if ours is not None:
         return flash_hopper.prompts(q, keys, values, plan.indptr, plan.lengths, plan.pages, tile=ours, pdl=pdl)
     tile = flash.tile_for(len(q), size, wide=wide)

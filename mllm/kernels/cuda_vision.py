@@ -37,21 +37,19 @@ class VisionPlan(State):
     heads: int
 
 
-def vision_ops(ops: Ops, count: int = 2**31, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
-    """`ops` with the encoder's, for so many patches in all. `captured`: nothing is read on the host, so that a graph can
-    hold it. `wide`: capability 9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention and products of their
-    own."""
-    pdl = hopper
+def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) -> Ops:
+    """`ops` with the encoder's. `captured`: nothing is read on the host, so that a graph can hold it. `wide`: capability
+    9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention and products of their own, which are a chain."""
     return attrs.evolve(
         ops,
         cut=patches.cut,
-        patch_embed=partial(patch_embed, pdl=pdl),
-        vision_plan=partial(vision_plan, captured=captured, pdl=pdl),
-        layer_norm_linear=partial(layer_norm_linear, pdl=pdl),
-        attend_images=partial(attend_images, wide=wide, hopper=hopper, pdl=pdl),
-        linear_bias_add=partial(linear_bias_add, pdl=pdl),
-        layer_norm_gelu=partial(layer_norm_gelu, pdl=pdl),
-        merge=partial(merge, pdl=pdl),
+        patch_embed=partial(patch_embed, pdl=hopper),
+        vision_plan=partial(vision_plan, captured=captured, pdl=hopper),
+        layer_norm_linear=partial(layer_norm_linear, pdl=hopper),
+        attend_images=partial(attend_images, wide=wide, hopper=hopper),
+        linear_bias_add=partial(linear_bias_add, pdl=hopper),
+        layer_norm_gelu=partial(layer_norm_gelu, pdl=hopper),
+        merge=partial(merge, pdl=hopper),
     )
 
 
@@ -85,19 +83,19 @@ def layer_norm_linear(
     return x, products.Unmade(y, weight, bias) if pdl else products.linear(y, weight, bias, pdl=False)
 
 
-def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool, pdl: bool) -> Tensor:
+def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
     x, width = (qkv.rows, len(qkv.weight)) if isinstance(qkv, products.Unmade) else (qkv, qkv.shape[1])
     count, heads = len(x), plan.heads
     size = width // (3 * heads)
-    tile = flash_hopper.image_tile(count, heads, size, x.dtype, chained=pdl) if hopper else None
+    tile = flash_hopper.image_tile(count, heads, size, x.dtype) if hopper else None
     each = bool(plan.spans) and tile is None
     scale = 1.0 if each else size**-0.5 * flash.LOG2E
-    q, k, v = products.turned(qkv, plan.cos, plan.sin, heads, scale=scale, pdl=pdl)
+    q, k, v = products.turned(qkv, plan.cos, plan.sin, heads, scale=scale, pdl=hopper)
     if each:
         return _attend_each(q, k, v, plan.spans)
     if tile is not None:
-        return flash_hopper.images(q, k, v, plan.indptr, tile=tile, pdl=pdl)
-    return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(count, size, wide=wide), boxed=wide, pdl=pdl)
+        return flash_hopper.images(q, k, v, plan.indptr, tile=tile, pdl=hopper)
+    return flash.images(q, k, v, plan.indptr, tile=flash.tile_for(count, size, wide=wide), boxed=wide, pdl=hopper)
 
 
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:

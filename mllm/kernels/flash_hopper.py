@@ -171,17 +171,13 @@ REGISTERS = {1: 0, 2: 240, 3: 160, 4: 112}
 """What a thread of a group may have, by their number: 65,536 less those of the warp that copies. One takes all."""
 COSTS = {Tile(2, 128, 2): 0.074, Tile(3, 128, 2): 0.062, Tile(4, 64, 4, turns=False): 0.066}
 """Nanoseconds that a query takes for each key, measured with heads of 64: the more groups, the fewer keys are copied."""
-
-
 SHORT = Tile(1, 64, 4)
-"""For prompts that are over so soon that small programs are best, in a chain."""
+"""For prompts that are over so soon that small programs are best."""
 
 
-def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype, *, chained: bool) -> Tile | None:
+def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype) -> Tile | None:
     """What was fastest on an H200 for one image; None where `flash` serves. The record is in `docs/performance.md`."""
     if dtype not in TYPES or not (size in (64, 128) or (64 < size <= 80 and size % 8 == 0)):
-        return None
-    if size == 64 and patches <= 768 and not chained:
         return None
     if size > 64 or patches <= 768:
         return Tile(1, 128, 2) if patches <= 512 and size < 128 else Tile(2, 128, 2)
@@ -193,13 +189,11 @@ def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype, *, chain
     return min(COSTS, key=duration)
 
 
-def prompt_tile(tokens: int, size: int, page_size: int, dtype: torch.dtype, *, chained: bool) -> Tile | None:
+def prompt_tile(tokens: int, size: int, page_size: int, dtype: torch.dtype) -> Tile | None:
     """The same for prompts of so many tokens each."""
     if not fits(size, page_size, dtype):
         return None
-    if tokens <= 384:
-        return SHORT if chained else None
-    return Tile(1 if tokens <= 768 else 2, 128, 2)
+    return SHORT if tokens <= 384 else Tile(1 if tokens <= 768 else 2, 128, 2)
 
 
 def fits(size: int, page_size: int, dtype: torch.dtype) -> bool:

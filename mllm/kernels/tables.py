@@ -19,14 +19,14 @@ class Tables(NamedTuple):
     """The op tables of a device.
 
     `ops` takes batches of any shape and may read their bounds on the host. `decode_ops` gives the table of a decode
-    step by its rows, `prompt_ops` that of a prompt batch by its tokens, `vision_ops` that of an image batch by its
-    patches; these read nothing on the host, so `capture` can record them. None: `ops` serves, as good as any.
+    step by its rows, `prompt_ops` that of a prompt batch by its tokens; `vision_ops` is that of an image batch. These
+    read nothing on the host, so `capture` can record them. None: `ops` serves, as good as any.
     """
 
     ops: Ops
     decode_ops: Callable[[int], Ops] | None = None
     prompt_ops: Callable[[int], Ops] | None = None
-    vision_ops: Callable[[int], Ops] | None = None
+    vision_ops: Ops | None = None
 
 
 def tables_for(device: str | torch.device, dtype: torch.dtype) -> Tables:
@@ -63,5 +63,5 @@ def _cuda_tables(*, wide: bool, hopper: bool) -> Tables:
         ops=general,
         decode_ops=partial(cuda.decode_ops, pdl=wide, hopper=hopper),
         prompt_ops=prompts,
-        vision_ops=partial(cuda_vision.vision_ops, REFERENCE, captured=True, wide=wide, hopper=hopper),
+        vision_ops=cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=hopper),
     )
