@@ -168,9 +168,7 @@ def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_cal
     tables, op = getattr(model, f"{stage}_ops"), "linear_bias_add" if stage == "vision" else "norm_gate"
     armed: list[bool] = []
 
-    def failing(size: int) -> Ops:
-        table = tables(size)
-
+    def failing(table: Ops) -> Ops:
         def call(*args: Any, **kwargs: Any) -> Any:
             out = getattr(table, op)(*args, **kwargs)
             if armed and torch.cuda.is_current_stream_capturing():
@@ -188,7 +186,8 @@ def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_cal
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
 
-    broken = attrs.evolve(model, **{f"{stage}_ops": failing})
+    changed = failing(tables) if isinstance(tables, Ops) else lambda size: failing(tables(size))
+    broken = attrs.evolve(model, **{f"{stage}_ops": changed})
     want = mllm.generate(broken, prompts, max_new_tokens=12)
     at_rest()  # nothing is recorded now
     before = None
