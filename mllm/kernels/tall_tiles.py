@@ -63,9 +63,11 @@ TILES = {
     "sum": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
     "other": (Tile(2, (64,), 8), Tile(2, (64, 32), 7), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
 }
-"""By what ends a product, where the chip can make it in one turn."""
+"""By what ends a product, where the chip can make it in one turn. What is written by whole heads, or with sums for a norm,
+has its outputs in one piece."""
 WIDE = {
     "heads": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
+    "sum": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "gate": (Tile(2, (64,), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
 }
 WIDEST = (Tile(2, (128,), 6), Tile(2, (128, 64), 5), Tile(2, (256,), 4))
