@@ -61,12 +61,17 @@ def decode(config: TextConfig, *, rows: int, context: float, itemsize: int) -> W
 
 
 def prefill(config: TextConfig, *, rows: int, length: int, itemsize: int) -> Work:
-    """Prompts of `length` tokens, whole, with logits after the last token of each row."""
+    """Prompts of `length` tokens, whole, with logits after the last token of each row.
+
+    After attention the last layer has to compute no other token.
+    """
     s, elements = config.sizes, layer_parameters(config)
     tokens = rows * length
+    after = s["E"] * s["A"] + s["G"] * s["E"] + s["E"] * s["F"]
+    linear = 2 * (elements * tokens - after * (tokens - rows))
     attention = 4 * s["L"] * s["A"] * length / 2 * tokens
     cache = kv_bytes(config, itemsize) * tokens
-    return Work(elements * itemsize + cache, 2 * elements * tokens + attention) + head(config, rows, itemsize)
+    return Work(elements * itemsize + cache, linear + attention) + head(config, rows, itemsize)
 
 
 def vit(config: VisionConfig, *, patches: tuple[int, ...], itemsize: int) -> Work:
