@@ -27,7 +27,10 @@ def double(tree: Any) -> Any:
 
 def settled(out: Any) -> Any:
     """A residual stream whose table adds to it later, with that added."""
-    return out.x + out.parts.sum(0).to(out.x.dtype) if hasattr(out, "parts") else out
+    if not hasattr(out, "parts"):
+        return out
+    shift = 0.0 if out.bias is None else out.bias
+    return out.x + (out.parts.sum(0) + shift).to(out.x.dtype)
 
 
 def whole(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +38,8 @@ def whole(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         out = fn(*args, **kwargs)
+        if hasattr(out, "made"):
+            return out.made()
         if hasattr(out, "parts") or not isinstance(out, tuple):
             return out
         return tuple(part.made() if hasattr(part, "made") else part for part in out)

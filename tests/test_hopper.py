@@ -220,6 +220,16 @@ def test_a_product_that_is_left_unmade_is_made_on_demand() -> None:
     assert torch.equal(Unmade(x, weight, bias).made(), torch.nn.functional.linear(x, weight, bias))
 
 
+def test_a_sum_that_is_left_unmade_is_made_of_what_is_wanted() -> None:
+    from mllm.kernels.products import Unadded
+
+    y, weight, _ = factors((5, 16, 8), torch.float32, "cpu")
+    x, rows = factors((5, 8, 1), torch.float32, "cpu")[0], torch.tensor([4, 1])
+    made = Unadded(y, weight, x).at(rows).made()
+    assert not isinstance(made, Tensor)  # float32 is cuBLAS's, and pending
+    assert torch.allclose(made.x + made.parts.sum(0), x[rows] + y[rows] @ weight.T)
+
+
 def test_activations_have_room_for_whole_tiles() -> None:
     from mllm.kernels.room import empty_rows, rows_of
 
