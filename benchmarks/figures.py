@@ -67,7 +67,7 @@ def prefill(config: TextConfig, *, rows: int, length: int, itemsize: int) -> Wor
     """
     s, elements = config.sizes, layer_parameters(config)
     tokens = rows * length
-    after = s["E"] * s["A"] + s["G"] * s["E"] + s["E"] * s["F"]
+    after = elements // s["L"] - s["C"] * s["E"]  # of a layer, all but its queries, keys and values
     linear = 2 * (elements * tokens - after * (tokens - rows))
     attention = 4 * s["L"] * s["A"] * length / 2 * tokens
     cache = kv_bytes(config, itemsize) * tokens

@@ -15,10 +15,11 @@ from mllm.model import Model
 def in_every_table(model: Model, change: Callable[[Ops], Ops]) -> Model:
     """The model with `change` of every table of its ops: `model.ops`, and those by the size of a batch, which a GPU
     takes where it can. It records anew, since it has a shelf of its own."""
+    return evolve(model, **{name: changed(getattr(model, name), change) for name in Tables._fields})
 
-    def each(table: Ops | Callable[[int], Ops] | None) -> Any:
-        if table is None or isinstance(table, Ops):
-            return table and change(table)
-        return lambda size: change(table(size))
 
-    return evolve(model, **{name: each(getattr(model, name)) for name in Tables._fields})
+def changed(table: Ops | Callable[[int], Ops] | None, change: Callable[[Ops], Ops]) -> Any:
+    """`change` of one of a model's tables, whichever form it has."""
+    if table is None or isinstance(table, Ops):
+        return table and change(table)
+    return lambda size: change(table(size))

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from exchange import changed
 from PIL import Image
 
 import mllm
@@ -165,7 +166,7 @@ def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_cal
     model: mllm.Model, examples: list[pictures.Example], stage: str, way: str
 ) -> None:
     prompts = [mllm.prompt(model, pictures.messages(example)) for example in examples[::EACH]]
-    tables, op = getattr(model, f"{stage}_ops"), "linear_bias_add" if stage == "vision" else "norm_gate"
+    name, op = f"{stage}_ops", "linear_bias_add" if stage == "vision" else "norm_gate"
     armed: list[bool] = []
 
     def failing(table: Ops) -> Ops:
@@ -186,8 +187,7 @@ def test_memory_that_runs_out_while_a_stage_is_recorded_is_back_and_the_next_cal
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
 
-    changed = failing(tables) if isinstance(tables, Ops) else lambda size: failing(tables(size))
-    broken = attrs.evolve(model, **{f"{stage}_ops": changed})
+    broken = attrs.evolve(model, **{name: changed(getattr(model, name), failing)})
     want = mllm.generate(broken, prompts, max_new_tokens=12)
     at_rest()  # nothing is recorded now
     before = None

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels import flash, flash_hopper, patches, products, rope
+from mllm.kernels import flash, flash_hopper, patches, products, rope, tall
 from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops, Qkv
 from mllm.kernels.reference_vision import EPS
@@ -84,7 +84,7 @@ def layer_norm_linear(
 
 
 def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
-    x, width = (qkv.rows, len(qkv.weight)) if isinstance(qkv, products.Unmade) else (qkv, qkv.shape[1])
+    x, width = (tall.tensor_of(qkv.x), len(qkv.weight)) if isinstance(qkv, products.Unmade) else (qkv, qkv.shape[1])
     count, heads = len(x), plan.heads
     size = width // (3 * heads)
     tile = flash_hopper.image_tile(count, heads, size, x.dtype) if hopper else None

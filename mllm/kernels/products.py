@@ -27,11 +27,6 @@ class Unmade(NamedTuple):
     def made(self) -> Tensor:
         return linear(*self, pdl=True)
 
-    @property
-    def rows(self) -> Tensor:
-        """x, or what it is to be made of."""
-        return self.x.x if isinstance(self.x, Scaled) else self.x
-
 
 class Unadded(NamedTuple):
     """x [M N] + y [M K] @ weight [N K].T, not made yet: in a chain the norm after it does it, and some of its own work."""
@@ -56,7 +51,7 @@ def normed(
     if isinstance(stream, Unadded):
         y, into, x = stream
         outputs = len(weight) // 2 if ending == "gate" else len(weight)
-        if _whole(y, into) and (ending == "gate" or len(x) > LEAST) and pays(ending, x, outputs):
+        if _parts(y, into) == 1 and (ending == "gate" or len(x) > LEAST) and pays(ending, x, outputs):
             total, scaled = tall.scaled(y, into, x, norm, eps=eps, pdl=True)
             return total, product(scaled, weight)
         stream = stream.made()
@@ -64,9 +59,9 @@ def normed(
     return total, product(normal, weight)
 
 
-def _whole(y: Tensor, weight: Tensor) -> bool:
-    """Whether y [M K] @ weight [N K].T is made by `tall`, in one part."""
-    return pays("sum", y, len(weight)) and tile_for("sum", len(y), len(weight), y.shape[1]).parts == 1
+def _parts(y: Tensor, weight: Tensor) -> int:
+    """In how many parts `tall` makes y [M K] @ weight [N K].T; 0 where cuBLAS is faster."""
+    return tile_for("sum", len(y), len(weight), y.shape[1]).parts if pays("sum", y, len(weight)) else 0
 
 
 def linear(x: Tensor | Scaled, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool) -> Tensor:
@@ -81,10 +76,10 @@ def linear(x: Tensor | Scaled, weight: Tensor, bias: Tensor | None = None, *, ge
 
 def added(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None, *, pdl: bool) -> Stream:
     """x [M N] + y [M K] @ weight [N K].T + bias; pending where the product is made in parts, or by cuBLAS."""
-    if pdl and _whole(y, weight):
+    parts = _parts(y, weight) if pdl else 0
+    if parts == 1:
         return tall.added(y, weight, x, bias, pdl=True)
-    ours = pdl and pays("sum", y, len(weight))
-    return Pending(x, tall.split(y, weight, pdl=True) if ours else split_linear(y, weight), bias)
+    return Pending(x, tall.split(y, weight, pdl=True) if parts else split_linear(y, weight), bias)
 
 
 def gated(x: Tensor | Scaled, weight: Tensor, *, pdl: bool) -> Tensor:

@@ -21,7 +21,7 @@ from mllm.kernels.hopper import MULTIPROCESSORS, copy, descriptor, finished, new
 from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.kernels.room import empty_rows
 from mllm.kernels.tall_ends import adds, begin, finish, normalised, squares_of
-from mllm.kernels.tall_tiles import HEAD, TILES, TURNED_HEAD, Tile, tile_for
+from mllm.kernels.tall_tiles import HEAD, TURNED_HEAD, Tile, tile_for
 
 INPUTS = 64
 """Of a tile: 128 bytes, the widest that descriptors copy."""
@@ -86,7 +86,7 @@ def _tiles(work, ONCE: gl.constexpr):
 
 
 @gluon.jit
-def _firsts(ws, boxes, n0):
+def _firsts(boxes, n0):
     """Where the pieces of a tile begin whose columns begin at n0."""
     if len(boxes) == 1:
         firsts = (n0,)
@@ -109,7 +109,7 @@ def _produce(copies, work, ONCE: gl.constexpr, PDL: gl.constexpr):
     m0, n0, part = _place(first, work, BM, BN, ONCE)
     ahead = gl.minimum(gl.cdiv(KS, BK), STAGES)
     for i in range(ahead):
-        _copy_weights(boxes, ws, _firsts(ws, boxes, n0), N, part * KS + i * BK, full, i, ROWS)
+        _copy_weights(boxes, ws, _firsts(boxes, n0), N, part * KS + i * BK, full, i, ROWS)
     wait(PDL)  # for x
     step = 0
     for t in range(first, end, by):
@@ -118,7 +118,7 @@ def _produce(copies, work, ONCE: gl.constexpr, PDL: gl.constexpr):
             stage = step % STAGES
             if step >= ahead:
                 mbarrier.wait(free.index(stage), (step // STAGES) & 1 ^ 1)
-                _copy_weights(boxes, ws, _firsts(ws, boxes, n0), N, k, full, stage, ROWS)
+                _copy_weights(boxes, ws, _firsts(boxes, n0), N, k, full, stage, ROWS)
             copy(x_box, [m0, k], full.index(stage), x.index(stage))
             step += 1
 
@@ -139,7 +139,7 @@ def _consume(
     first, end, by = _tiles(work, ONCE)
     for t in range(first, end, by):
         m0, n0, part = _place(t, work, BM, BN, ONCE)
-        firsts = _firsts(ws, boxes, n0)
+        firsts = _firsts(boxes, n0)
         accs = begin(ws, ending, m0 + 64 * group, firsts, M, N, END)
         if NORM > 0:
             sums = squares_of(norm, m0 + 64 * group, M, NORM)
@@ -231,15 +231,16 @@ def _launch(
     return y
 
 
-def _rows_of(x: Tensor | Scaled) -> Tensor:
+def tensor_of(x: Tensor | Scaled) -> Tensor:
+    """What a product reads, to be normalised or not."""
     return x.x if isinstance(x, Scaled) else x
 
 
 def _tile(x: Tensor | Scaled, weight: Tensor, ending: str, *, whole: bool = False) -> Tile:
     """The tile; `whole`: in one part, since programs that make parts of a sum cannot end it."""
-    rows, inputs = _rows_of(x).shape
+    rows, inputs = tensor_of(x).shape
     outputs = len(weight) // 2 if ending == "gate" else len(weight)
-    tile = tile_for(ending if ending in TILES else "other", rows, outputs, inputs)
+    tile = tile_for(ending, rows, outputs, inputs)
     return tile._replace(parts=1) if whole else tile
 
 
@@ -248,9 +249,9 @@ def linear(
 ) -> Tensor:
     """x [M K] @ weight [N K].T + bias: [M N]; `gelu`: the "tanh" form of GELU of it, or "none" of its approximations."""
     ending = "plain" if bias is None else f"gelu_{gelu}" if gelu else "bias"
-    rows = _rows_of(x)
+    rows = tensor_of(x)
     y = empty_rows(rows, len(rows), len(weight))
-    return _launch(x, weight, y, ending, () if bias is None else (bias,), tile=_tile(x, weight, ending), pdl=pdl)
+    return _launch(x, weight, y, ending, () if bias is None else (bias,), tile=_tile(x, weight, "other"), pdl=pdl)
 
 
 def added(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
@@ -279,7 +280,7 @@ def scaled(
 
 def gated(x: Tensor | Scaled, weight: Tensor, *, pdl: bool = False) -> Tensor:
     """silu(gate) * up [M N] of x [M K] and weight [2N K], gate over up."""
-    rows = _rows_of(x)
+    rows = tensor_of(x)
     y = empty_rows(rows, len(rows), len(weight) // 2)
     return _launch(x, weight, y, "gate", tile=_tile(x, weight, "gate"), pdl=pdl)
 
@@ -302,6 +303,6 @@ def written(
     kv_heads = keys.shape[2]
     heads = len(weight) // HEAD - 2 * kv_heads
     end = (q_norm, k_norm, cos, sin, slots, keys, values, scale, eps, heads, kv_heads)
-    rows = _rows_of(x)
+    rows = tensor_of(x)
     q = empty_rows(rows, len(rows), heads, HEAD)
     return _launch(x, weight, q, "heads", end, tile=_tile(x, weight, "heads"), pdl=pdl)

@@ -8,11 +8,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mllm.kernels import flash, tall_tiles
 from mllm.kernels.hopper import mma, nothing
 
-LOG2E = gl.constexpr(1.4426950408889634)
-HEAD = gl.constexpr(128)
-"""The size of the heads that are written where they are made."""
+LOG2E, HEAD = gl.constexpr(flash.LOG2E), gl.constexpr(tall_tiles.HEAD)
 
 
 @gluon.constexpr_function
