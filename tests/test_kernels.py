@@ -106,18 +106,20 @@ def test_a_decode_step_equals_the_reference(shape: Any, device: str, ops: functo
         assert torch.equal(getattr(batch_a, name)[..., :rows], getattr(batch_b, name)[..., :rows]), name
 
 
-def test_the_splits_of_a_long_row_are_merged_where_they_are_made(
-    device: str, ops: functools.partial[Ops], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("shape", "like"), [(SHAPES[2], (1, 16, 8, 2**15)), (SHAPES[6], (8, 16, 8, 2**12))], ids=str)
+def test_long_contexts_are_read_by_small_programs(
+    shape: Any, like: tuple[int, ...], device: str, ops: functools.partial[Ops], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mllm.kernels import attend
 
-    long = attend.split_for(1, 16, 8, 2**15)
+    long = attend.split_for(*like)
     assert long.stages > 1
     monkeypatch.setattr(attend, "split_for", lambda *_: long)
-    model, pool, batch, _ = decoding(SHAPES[2], device)
+    model, pool, batch, _ = decoding(shape, device)
+    rows = len(shape[6])
     expected, got = (
-        stages.decode(model.weights, clone(pool), batch, config=model.config, ops=table)[1]
-        for table in (REFERENCE, ops(1))
+        stages.decode(model.weights, clone(pool), batch, config=model.config, ops=table)[1][:rows]
+        for table in (REFERENCE, ops(len(batch.lengths)))
     )
     assert error(got, expected) < 1e-5
 

@@ -4,7 +4,8 @@ A program takes one key/value head of one row and one split of its context, so t
 for the group of query heads that share them. The context is cut by its length, which only the device knows. Where there
 is one row, the first tokens of a split, which earlier steps wrote, are loaded before the program waits for the kernel
 before it (`kernels/pdl.py`), and the splits are left for the output projection to merge, which reads them all anyway
-(`kernels/linear.py`). With more rows, or a long one, the last split of a head to arrive merges the others'.
+(`kernels/linear.py`). With more rows, or a long one, the last split of a head to arrive merges the others'; a few short
+rows load their first tokens early as well.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ def split_for(rows: int, heads: int, kv_heads: int, tokens: int) -> Split:
     """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
 
     One row is bound by latency: its splits' first tile is loaded before the wait, and what they leave, which grows with
-    the number of heads, is read by every program that merges it. Long contexts and more rows are bound by bandwidth:
-    many programs of one or two warps, which have hardly anybody to wait for.
+    the number of heads, is read by every program that merges it. So are a few short ones. Long contexts and more rows are
+    bound by bandwidth: many programs of one or two warps, which have hardly anybody to wait for.
     """
     if rows > 1:
+        one_each = 128 // (rows * kv_heads)  # splits for which each multiprocessor has a program
+        if one_each > 1 and rows * tokens <= 8192:
+            return Split(_cut(max(2, min(one_each, tokens // 256))), 128, 8, 1)
         return Split(_cut(1024 // (rows * kv_heads)), 32, 1, 2)
     if tokens > 12288:
         return Split(64, 64, 2, 2)
@@ -81,7 +85,7 @@ def workspace_for(
     split: Split, rows: int, heads: int, kv_heads: int, size: int, device: torch.device
 ) -> Workspace | None:
     """What merging needs; None where the splits are handed on, which are one row's, of heads that `merged` takes."""
-    if split.stages == 1 and size & (size - 1) == 0:
+    if rows == 1 and split.stages == 1 and size & (size - 1) == 0:
         return None
     shape = rows, kv_heads, split.splits, heads // kv_heads
     return Workspace(

@@ -1,9 +1,9 @@
 """The op tables of NVIDIA GPUs: decode steps by their number of rows, and prompts.
 
-One row: products by hand, which read their weights before the kernel ahead of them is done. A few rows: tensor cores
-with the weight as the tall side. Some hundred, on Hopper: products that do what follows them. Many: cuBLAS between fused
-elementwise kernels. Every bound is read on the device, so each of the tables can be recorded as a graph, but the one
-with FlashInfer's attention.
+One row: products by hand, which read their weights before the kernel ahead of them is done; up to 8, on Hopper, the same
+on tensor cores. Some rows: tensor cores with the weight as the tall side. Some hundred, on Hopper: products that do what
+follows them. Many: cuBLAS between fused elementwise kernels. Every bound is read on the device, so each of the tables can
+be recorded as a graph, but the one with FlashInfer's attention.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mllm.kernels import (
     attend,
     draw,
     elementwise,
+    few,
     flash,
     flash_hopper,
     linear,
@@ -38,9 +39,12 @@ from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.state import State, state, tensor
 
+FEW_ROWS = range(2, 9)
+"""Rows of a decode step for which the products of `few` beat the others on Hopper; the record is in
+`docs/performance.md`."""
 SKINNY_ROWS = 128
 """Rows of a decode step up to which the products of `skinny` beat cuBLAS on an H200, since they keep its chain whole;
-the record is in `docs/performance.md`."""
+the same."""
 CHAINED_ROWS = range(64, 257)
 """Rows of a decode step for which the products of `tall` beat both on Hopper; the same."""
 SKINNY_TOKENS = 64
@@ -62,19 +66,15 @@ def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
         advance_=partial(step.advance_, pdl=pdl),
     )
     if rows == 1:
-        return attrs.evolve(
-            ops,
-            norm_linear=partial(linear.norm_linear, pdl=pdl),
-            linear_add=partial(linear.linear_add, pdl=pdl),
-            norm_gate=partial(linear.norm_gate, pdl=pdl),
-            head=partial(linear.head, pdl=pdl),
-        )
+        return attrs.evolve(ops, **_read_once(linear, pdl=pdl))
+    if hopper and rows in FEW_ROWS:
+        return attrs.evolve(ops, **_few(pdl=pdl))
     chained = hopper and rows in CHAINED_ROWS
-    few = rows <= SKINNY_ROWS and not chained
-    chain = chained or (pdl and few)  # cuBLAS would break it
+    narrow = rows <= SKINNY_ROWS and not chained
+    chain = chained or (pdl and narrow)  # cuBLAS would break it
     return attrs.evolve(
         ops,
-        **(_skinny(pdl=chain) if few else _chained() if chained else _products()),
+        **(_skinny(pdl=chain) if narrow else _chained() if chained else _products()),
         head=partial(_head, every=True, pdl=chain),
     )
 
@@ -86,9 +86,9 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
     `fa3`: where that one doesn't serve, more than `FLASH_TOKENS` at once go to FlashInfer, and then their bounds are read
     on the host.
     """
-    few = tokens <= SKINNY_TOKENS
-    chained = hopper and not few
-    pdl = chained or (wide and few)
+    narrow = tokens <= SKINNY_TOKENS
+    chained = hopper and not narrow
+    pdl = chained or (wide and narrow)
     return attrs.evolve(
         REFERENCE,
         embed=partial(step.embed, pdl=pdl),
@@ -97,9 +97,29 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
         put_=partial(elementwise.put_, pdl=pdl),
         add_=partial(elementwise.add_, pdl=pdl),
         sample=partial(_sample, pdl=pdl),
-        **(_skinny(pdl=pdl) if few else _chained(unmade=True) if chained else _products()),
+        **(_skinny(pdl=pdl) if narrow else _chained(unmade=True) if chained else _products()),
         head=partial(_head, every=False, pdl=pdl),
     )
+
+
+def _read_once(products: Any, *, pdl: bool) -> dict[str, Callable[..., Any]]:
+    """The ops of a module whose products do the norms as well: `linear` or `few`."""
+    return {
+        name: partial(getattr(products, name), pdl=pdl) for name in ("norm_linear", "linear_add", "norm_gate", "head")
+    }
+
+
+def _few(*, pdl: bool) -> dict[str, Callable[..., Any]]:
+    """Those of `few`, and of `skinny` where that can't read the weight, or finds the stream as `skinny` left it."""
+    ours = _read_once(few, pdl=pdl)
+    others = _skinny(pdl=pdl) | {"head": partial(_head, every=True, pdl=pdl)}
+
+    def either(name: str, x: Stream, *around: Any, **settings: Any) -> Any:
+        weight = around[0] if name == "linear_add" else around[-1]
+        fits = isinstance(x, Tensor) and few.fits(weight, kept=name != "linear_add")
+        return (ours if fits else others)[name](x, *around, **settings)
+
+    return {name: partial(either, name) for name in ours}
 
 
 def _skinny(*, pdl: bool) -> dict[str, Callable[..., Any]]:

@@ -1,0 +1,97 @@
+"""Products with 2 to 8 rows on tensor cores against their definitions, and which weights they take, which needs no GPU.
+
+pytest tests/test_few.py --device cuda
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attending import error
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+
+SHAPES = [(512, 24), (1536, 100), (2048, 4096), (2560, 6144), (4096, 4100)]
+"""Inputs and outputs: of one piece and of several, of one tile for each program and of several, with a rest."""
+
+
+def random(*shape: int, like: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(like, dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2, 5, 8])
+@pytest.mark.parametrize("shape", [*SHAPES, (6144, 2048), (9728, 2560), (12288, 4096)], ids=str)
+def test_a_product_of_a_few_rows_goes_on_with_what_follows_it(
+    shape: tuple[int, int], rows: int, dtype: torch.dtype, device: str
+) -> None:
+    from mllm.kernels import few
+
+    inputs, outputs = shape
+    place = torch.device(device)
+    pdl = torch.cuda.get_device_capability() >= (9, 0)
+    x = random(rows, inputs, like=place, dtype=dtype)
+    weight = random(2 * outputs, inputs, like=place, dtype=dtype, scale=inputs**-0.5)
+    norm, residual = random(inputs, like=place, dtype=dtype), random(rows, outputs, like=place, dtype=dtype)
+    exact = x.double() @ weight[:outputs].double().T
+    assert few.fits(weight, kept=False)
+    assert error(few.linear_add(x, weight[:outputs], residual, pdl=pdl), residual.double() + exact) < 1e-2
+    if not few.fits(weight, kept=True):
+        return
+    normal = F.rms_norm(x.double(), (inputs,), norm.double(), 1e-6)
+    gate, up = (normal @ weight.double().T).chunk(2, 1)
+    stream, product = few.norm_linear(x, norm, weight[:outputs], eps=1e-6, pdl=pdl)
+    assert stream is x
+    assert error(product, gate) < 1e-2
+    assert error(few.norm_gate(x, norm, weight, eps=1e-6, pdl=pdl)[1], F.silu(gate) * up) < 1e-2
+    logits = few.head(x, None, norm, weight[:outputs], eps=1e-6, pdl=pdl)
+    assert logits.dtype == torch.float32
+    assert error(logits, gate) < 1e-2
+
+
+@pytest.mark.cuda
+def test_a_broken_row_of_a_few_leaves_the_others_as_they_are(device: str) -> None:
+    from mllm.kernels import few
+
+    place = torch.device(device)
+    x, weight = (random(*n, like=place, dtype=torch.bfloat16) for n in ((3, 1024), (300, 1024)))
+    norm = torch.ones(1024, dtype=torch.bfloat16, device=place)
+    before = few.head(x, None, norm, weight, eps=1e-6, pdl=False)
+    x[1] = torch.nan
+    after = few.head(x, None, norm, weight, eps=1e-6, pdl=False)
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert after[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "kept"),
+    [
+        (torch.empty(64, 768, dtype=torch.bfloat16), False),  # no whole pieces
+        (torch.empty(64, 6144, dtype=torch.bfloat16), True),  # more of x than registers
+        (torch.empty(64, 1024), False),
+        (torch.empty(1024, 64, dtype=torch.bfloat16).T, False),
+        (torch.empty(64 * 1024 + 1, dtype=torch.bfloat16)[1:].view(64, 1024), False),  # no 16 bytes at once
+    ],
+    ids=["pieces", "registers", "float32", "columns", "odd"],
+)
+def test_weights_of_another_form_are_left_to_others(weight: Tensor, kept: bool) -> None:
+    from mllm.kernels import few
+
+    assert not few.fits(weight, kept=kept)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_every_weight_that_is_taken_is_read_in_whole_pieces(kept: bool) -> None:
+    from mllm.kernels import few
+
+    for inputs in range(512, 16384, 512):
+        weight = torch.empty(16, inputs, dtype=torch.bfloat16, device="meta")
+        if few.fits(weight, kept=kept):
+            for tiles in (1, 132, 133, 10_000):
+                tile = few.tile_for(tiles, inputs, kept=kept)
+                assert inputs % (tile.warps * tile.inputs) == 0
+                assert tiles <= tile.programs or tile.kept * tile.warps * tile.inputs >= inputs
