@@ -67,10 +67,11 @@ def test_prompts_attend_to_what_is_before_them_on_hopper(
 
 
 PRODUCTS = [
-    (1, 64, 8), (64, 2048, 640), (130, 200, 136), (256, 1024, 1024), (300, 6144, 256), (1000, 2048, 6144), (4500, 320, 1544),
+    (1, 64, 8), (64, 2048, 640), (130, 200, 136), (256, 1024, 1024), (256, 4304, 1152), (300, 6144, 256),
+    (1000, 2048, 6144), (4500, 320, 1544),
 ]  # fmt: skip
-"""Rows, inputs and outputs of products on Hopper: of one tile and less, of tiles in parts, of several turns of the chip and
-several bands."""
+"""Rows, inputs and outputs of products on Hopper: of one tile and less, of tiles in parts, also with a rest, of several
+turns of the chip and several bands."""
 
 
 def factors(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +112,9 @@ def test_a_product_goes_on_with_what_follows_it(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("shape", [(130, 320, 256), (256, 2048, 2048), (1000, 640, 1280), (4500, 320, 1536)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(130, 320, 256), (256, 2048, 2048), (900, 640, 1152), (1000, 640, 1280), (4500, 320, 1536)], ids=str
+)
 def test_two_products_do_the_norm_between_them(
     shape: tuple[int, int, int], pdl: bool, device: str, hopper: None
 ) -> None:
@@ -176,7 +179,7 @@ def test_keys_and_values_are_written_where_their_product_is_made(
 SHAPES_OF_PRODUCTS = [
     (rows, n, k)
     for rows in (1, 65, 256, 400, 1000, 1500, 2048, 2304, 9216)
-    for n, k in ((1024, 4096), (2048, 2048), (6144, 2048))
+    for n, k in ((1024, 4096), (1152, 4304), (2048, 2048), (6144, 2048))
 ]
 
 
@@ -190,9 +193,9 @@ def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, in
     columns = tile.columns * (2 if ending == "gate" else 1)
     assert tile.stages * (tile.rows + columns) * 64 * 2 < 227 * 1024
     assert columns <= 256  # half of a group's registers are sums
-    assert inputs % (64 * tile.parts) == 0
+    assert inputs > -(-inputs // (64 * tile.parts)) * 64 * (tile.parts - 1)  # no part is empty
     assert ending == "sum" or tile.parts == 1
-    assert ending not in ("sum", "heads") or len(tile.outputs) == 1
+    assert ending != "heads" or len(tile.outputs) == 1
     assert math.prod(tile.grid(rows, outputs)) * tile.rows * tile.columns >= rows * outputs * tile.parts
 
 

@@ -222,7 +222,8 @@ def _launch(
     lean = tile.columns <= 64 and ending != "gate"
     grid = down, across, parts = tile.grid(rows, outputs)
     once = tile.turns(rows, outputs) == 1
-    work = 1 if once else math.prod(grid), down, across, outputs, inputs // parts
+    each = inputs if parts == 1 else triton.cdiv(inputs, parts * INPUTS) * INPUTS  # beyond the last there are zeros
+    work = 1 if once else math.prod(grid), down, across, outputs, each
     tall_kernel[grid if once else (MULTIPROCESSORS,)](
         descriptor(x, tile.rows, INPUTS), pieces[0], pieces[-1], y, end, norm, work, rows, REST=sum(tile.outputs[1:]),
         END=ending, NORM=sums, GROUPS=tile.groups, STAGES=tile.stages, REGISTERS=104 if lean else 232, ONCE=once,
@@ -273,7 +274,8 @@ def scaled(
     """As `added`, and what RMSNorm of that with the weight `norm` is made of."""
     tile = _tile(x, weight, "sum", whole=True)
     total, times = empty_rows(x, len(x), len(weight)), empty_rows(x, len(x), len(weight))
-    squares = x.new_empty(tile.grid(len(x), len(weight))[1], len(x), dtype=torch.float32)
+    sums = tile.grid(len(x), len(weight))[1] * len(tile.outputs)
+    squares = x.new_empty(sums, len(x), dtype=torch.float32)
     _launch(x, weight, total, "scale", (norm, times, squares, y), tile=tile, pdl=pdl)
     return total, Scaled(times, squares, eps)
 

@@ -19,6 +19,11 @@ def adds(END):
     return END in ("add", "bias_add", "scale")
 
 
+@gluon.constexpr_function
+def _columns(accs):
+    return sum(acc.shape[1] for acc in accs)
+
+
 @gluon.jit
 def begin(ws, end, m, firsts, M, N, END: gl.constexpr):
     """What the products of each piece are added to [64 n]: nothing, or where END `adds` what the last of `end`, [M N], has
@@ -53,7 +58,8 @@ def finish(accs, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.constexpr
             _write_heads(accs[j], y, end, m, firsts[j], M, dtype)
     elif END == "scale":
         for j in gl.static_range(len(accs)):
-            _store_scaled(accs[j], y, end, m, firsts[j], M, N, dtype)
+            sums = firsts[0] // _columns(accs) * len(accs) + j
+            _store_scaled(accs[j], y, end, sums, m, firsts[j], M, N, dtype)
     else:
         for j in gl.static_range(len(accs)):
             acc = accs[j]
@@ -107,15 +113,15 @@ def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _store_scaled(acc, y, end, m, n0, M, N, dtype: gl.constexpr):
+def _store_scaled(acc, y, end, sums, m, n0, M, N, dtype: gl.constexpr):
     """acc [64 BN] to y [M N], as `_store`, and what RMSNorm of it will be made of; end: (the norm's weight, scaled [M N],
-    squares f32 [n M], x). Times that weight it goes to `scaled`, and each row's sum of squares to `squares`."""
+    squares f32 [n M], x). Times that weight it goes to `scaled`, and each row's sum of squares to `squares[sums]`."""
     weight, scaled, squares, _ = end
     BN: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
     acc = acc.to(dtype).to(gl.float32)  # what is normalised is what the next layer adds to
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    gl.store(squares + n0 // BN * M + r, gl.sum(acc * acc, 1), mask=r < M)
+    gl.store(squares + sums * M + r, gl.sum(acc * acc, 1), mask=r < M)
     _store(acc, y, m, n0, M, N, dtype)
     c = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
     _store(acc * gl.load(weight + c, mask=c < N, other=0.0).to(gl.float32)[None, :], scaled, m, n0, M, N, dtype)

@@ -60,11 +60,18 @@ TILES = {
     "heads": (Tile(1, (128,), 8), Tile(2, (128,), 6)),
     "turn": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(2, (128,), 6), Tile(2, (128, 64), 5)),
     "gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(1, (64, 32), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
-    "sum": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
+    "sum": (
+        Tile(2, (64,), 8),
+        Tile(1, (128,), 8),
+        Tile(1, (64,), 12),
+        Tile(2, (128,), 6),
+        Tile(1, (128, 16), 8),
+        Tile(2, (128, 16), 6),
+    ),
     "other": (Tile(2, (64,), 8), Tile(2, (64, 32), 7), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
 }
-"""By what ends a product, where the chip can make it in one turn. What is written by whole heads, or with sums for a norm,
-has its outputs in one piece."""
+"""By what ends a product, where the chip can make it in one turn. What is written by whole heads has its outputs in
+one piece."""
 WIDE = {
     "heads": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "sum": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
@@ -84,15 +91,18 @@ def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
     gate = ending == "gate"
     parts = [1]
     if ending == "sum":
-        least = 1024 if rows <= 128 else 1536  # inputs of a part: the norm that adds them up reads them all
-        parts += [n for n in (2, 4) if inputs % (64 * n) == 0 and inputs // n >= least]
+        # inputs of a part: the norm that adds them up reads them all
+        least = 1024 if rows <= LEAST or rows * outputs <= 2**18 else 1536
+        parts += [n for n in (2, 4) if inputs // n >= least]
 
     def read(tile: Tile) -> int:
         each = tile.rows + tile.columns * (2 if gate else 1)
         return tile.turns(rows, outputs) * each * inputs // tile.parts
 
     narrow = rows <= FEW if gate else inputs <= 2048  # programs with 32 outputs beside 64 wait for L2 in others
-    tiles = [tile._replace(parts=n) for tile in TILES[ending] for n in parts if narrow or 32 not in tile.outputs]
+    taken = [tile for tile in TILES[ending] if narrow or 32 not in tile.outputs]
+    taken = [tile for tile in taken if 16 not in tile.outputs or outputs % tile.columns == 0]  # for widths like 1,152
+    tiles = [tile._replace(parts=n) for tile in taken for n in parts]
     tile = min(tiles, key=read)
     if tile.turns(rows, outputs) == 1:
         return tile
