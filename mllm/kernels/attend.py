@@ -26,7 +26,8 @@ from mllm.state import State, state, tensor
 class Split(NamedTuple):
     """How a context is shared out: splits of it, tokens that a program loads at a time, warps, stages of its pipeline.
 
-    With one stage the first tile is loaded before the wait, and held in registers.
+    With one stage the first tile is loaded before the wait, and held in registers; with none there is no other
+    (`kernels/attend_one.py`).
     """
 
     splits: int
@@ -36,7 +37,8 @@ class Split(NamedTuple):
 
 
 def split_for(rows: int, heads: int, kv_heads: int, tokens: int) -> Split:
-    """What was fastest on an H200 for rows of at most `tokens` tokens; the record is in `docs/performance.md`.
+    """What was fastest on an H200, and for a few rows on an H100, for rows of at most `tokens` tokens; the record is in
+    `docs/performance.md`.
 
     One row is bound by latency: its splits' first tile is loaded before the wait, and what they leave, which grows with
     the number of heads, is read by every program that merges it. So are a few short ones. Long contexts and more rows are
@@ -85,7 +87,7 @@ def workspace_for(
     split: Split, rows: int, heads: int, kv_heads: int, size: int, device: torch.device
 ) -> Workspace | None:
     """What merging needs; None where the splits are handed on, which are one row's, of heads that `merged` takes."""
-    if rows == 1 and split.stages == 1 and size & (size - 1) == 0:
+    if rows == 1 and split.stages <= 1 and size & (size - 1) == 0:
         return None
     shape = rows, kv_heads, split.splits, heads // kv_heads
     return Workspace(

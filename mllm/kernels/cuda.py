@@ -21,6 +21,7 @@ from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.config import TextConfig
 from mllm.kernels import (
     attend,
+    attend_one,
     draw,
     elementwise,
     few,
@@ -60,8 +61,8 @@ def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
     ops = attrs.evolve(
         REFERENCE,
         embed=partial(step.embed, pdl=pdl),
-        plan=partial(_decode_plan, pdl=pdl),
-        attend_=partial(attend.attend_, pdl=pdl),
+        plan=partial(_decode_plan, hopper=hopper, pdl=pdl),
+        attend_=partial(_attend, pdl=pdl),
         sample=partial(_sample, pdl=pdl),
         advance_=partial(step.advance_, pdl=pdl),
     )
@@ -178,11 +179,13 @@ def _head(
 
 
 def _decode_plan(
-    batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, pdl: bool
+    batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype, hopper: bool, pdl: bool
 ) -> DecodePlan:
     rows, device = len(batch.lengths), batch.tokens.device
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    split = attend.split_for(rows, heads, kv_heads, batch.pages.shape[1] * page_size)
+    tokens = batch.pages.shape[1] * page_size
+    split = attend_one.split_for(heads, kv_heads, config.head_dim, tokens) if hopper and rows == 1 else None
+    split = split or attend.split_for(rows, heads, kv_heads, tokens)
     # ahead of the chain of kernels, which its memset would break
     workspace = attend.workspace_for(split, rows, heads, kv_heads, config.head_dim, device)
     cos, sin = _rotary(batch, config, pdl=pdl)
@@ -195,6 +198,14 @@ def _decode_plan(
         workspace=workspace,
         split=split,
     )
+
+
+def _attend(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: DecodePlan, keys: Tensor, values: Tensor, *, eps: float,
+    pdl: bool,
+) -> Tensor | attend.Unmerged:  # fmt: skip
+    run = attend.attend_ if plan.split.stages else attend_one.attend_
+    return run(qkv, q_norm, k_norm, plan, keys, values, eps=eps, pdl=pdl)
 
 
 @state
