@@ -244,3 +244,19 @@ def test_activations_have_room_for_whole_tiles() -> None:
     assert rows_of(x[:, 2], 64) == 192  # a part of each row
     assert rows_of(torch.empty(130, 64), 64) == 130  # there is nothing behind it
     assert rows_of(torch.empty(256, 64)[200:], 64) == 56
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_is_done_by_the_products_around_it_where_no_number_overflows(dtype: torch.dtype) -> None:
+    from compiled import empty, launches
+
+    from mllm.kernels import products
+
+    x, y, into, norm, weight = (
+        empty(*n, dtype=dtype) for n in ((256, 2048), (256, 2048), (2048, 2048), (2048,), (12288, 2048))
+    )
+    stream = products.Unadded(y, into, x)
+    gated = functools.partial(products.gated, pdl=True)
+    made = launches(lambda: products.normed(stream, norm, weight, eps=1e-6, product=gated, ending="gate"))
+    between = [] if dtype == torch.bfloat16 else ["norm_kernel"]
+    assert [kernel.__name__ for kernel, *_ in made] == ["tall_kernel", *between, "tall_kernel"]

@@ -233,10 +233,10 @@ def tile_for(tiles: int, inputs: int, *, kept: bool) -> Tile:
 
 
 def fits(weight: Tensor, *, kept: bool) -> bool:
-    """Whether a weight [N K] can be read so: of 16 bits, by rows, in whole pieces, with `kept` of no more than registers
-    have room for."""
+    """Whether a weight [N K] can be read so: by rows, in whole pieces, with `kept` of no more than registers have room for.
+    In bfloat16: what is multiplied before it is divided by its norm could be more than float16 holds."""
     whole = weight.shape[1] % 512 == 0 and (weight.shape[1] <= 4096 or not kept)
-    return whole and weight.element_size() == 2 and weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    return whole and weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
 def _launch(

@@ -47,11 +47,13 @@ def normed(
     stream: Stream | Unadded, norm: Tensor, weight: Tensor, *, eps: float, product: Callable[..., Any], ending: str
 ) -> tuple[Tensor, Any]:
     """(the stream with nothing pending, a product of its RMSNorm, with what follows that) in a chain. Where both this
-    product and the one that ends in the stream are ours, they do the norm between them."""
+    product and the one that ends in the stream are ours, they do the norm between them, in bfloat16: what is multiplied
+    before it is divided by its norm could be more than float16 holds."""
     if isinstance(stream, Unadded):
         y, into, x = stream
         outputs = len(weight) // 2 if ending == "gate" else len(weight)
-        if _parts(y, into) == 1 and (ending == "gate" or len(x) > LEAST) and pays(ending, x, outputs):
+        many = ending == "gate" or len(x) > LEAST
+        if x.dtype == torch.bfloat16 and _parts(y, into) == 1 and many and pays(ending, x, outputs):
             total, scaled = tall.scaled(y, into, x, norm, eps=eps, pdl=True)
             return total, product(scaled, weight)
         stream = stream.made()
