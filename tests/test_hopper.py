@@ -247,16 +247,18 @@ def test_activations_have_room_for_whole_tiles() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_norm_is_done_by_the_products_around_it_where_no_number_overflows(dtype: torch.dtype) -> None:
-    from compiled import empty, launches
-
-    from mllm.kernels import products
+def test_a_norm_is_done_by_the_products_around_it_where_no_number_overflows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mllm.kernels import products, tall
 
     x, y, into, norm, weight = (
-        empty(*n, dtype=dtype) for n in ((256, 2048), (256, 2048), (2048, 2048), (2048,), (12288, 2048))
+        torch.empty(*n, dtype=dtype, device="meta")
+        for n in ((256, 2048), (256, 2048), (2048, 2048), (2048,), (12288, 2048))
     )
+    monkeypatch.setattr(tall, "scaled", lambda *_, **__: (x, "by the products"))
+    monkeypatch.setattr(products, "added", lambda *_, **__: x)
+    monkeypatch.setattr(products, "add_norm", lambda *_, **__: (x, "by itself"))
     stream = products.Unadded(y, into, x)
-    gated = functools.partial(products.gated, pdl=True)
-    made = launches(lambda: products.normed(stream, norm, weight, eps=1e-6, product=gated, ending="gate"))
-    between = [] if dtype == torch.bfloat16 else ["norm_kernel"]
-    assert [kernel.__name__ for kernel, *_ in made] == ["tall_kernel", *between, "tall_kernel"]
+    done = products.normed(stream, norm, weight, eps=1e-6, product=lambda x, _: x, ending="gate")[1]
+    assert done == ("by the products" if dtype == torch.bfloat16 else "by itself")
