@@ -97,6 +97,13 @@ def vision_model(checkpoints: Callable[..., Tiny]) -> Tiny:
 
 
 @pytest.fixture
+def hopper(device: str) -> None:
+    """For kernels in Gluon, which has no interpreter: the tensor cores that they are for are those of capability 9.0."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of capability 9.0")
+
+
+@pytest.fixture
 def folder(tmp_path: Path, vision_model: Tiny) -> Path:
     """A copy of the small Qwen3-VL folder, to be broken."""
     copy = tmp_path / "model"

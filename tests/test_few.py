@@ -17,50 +17,49 @@ SHAPES = [(512, 24), (1536, 100), (2048, 4096), (2560, 6144), (4096, 4100)]
 """Inputs and outputs: of one piece and of several, of one tile for each program and of several, with a rest."""
 
 
-def random(*shape: int, like: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def random(*shape: int, device: str, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return (torch.randn(*shape, generator=generator) * scale).to(like, dtype)
+    return (torch.randn(*shape, generator=generator) * scale).to(device, torch.bfloat16)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("rows", [2, 5, 8])
 @pytest.mark.parametrize("shape", [*SHAPES, (6144, 2048), (9728, 2560), (12288, 4096)], ids=str)
 def test_a_product_of_a_few_rows_goes_on_with_what_follows_it(shape: tuple[int, int], rows: int, device: str) -> None:
-    from mllm.kernels import few
+    from mllm.kernels import cuda, few
 
     inputs, outputs = shape
-    dtype = torch.bfloat16
-    place = torch.device(device)
-    pdl = torch.cuda.get_device_capability() >= (9, 0)
-    x = random(rows, inputs, like=place, dtype=dtype)
-    weight = random(2 * outputs, inputs, like=place, dtype=dtype, scale=inputs**-0.5)
-    norm, residual = random(inputs, like=place, dtype=dtype), random(rows, outputs, like=place, dtype=dtype)
+    ops = cuda.decode_ops(rows, pdl=torch.cuda.get_device_capability() >= (9, 0), hopper=True)
+    x = random(rows, inputs, device=device)
+    weight = random(2 * outputs, inputs, device=device, scale=inputs**-0.5)
+    norm, residual = random(inputs, device=device), random(rows, outputs, device=device)
     exact = x.double() @ weight[:outputs].double().T
     assert few.fits(weight, kept=False)
-    assert error(few.linear_add(x, weight[:outputs], residual, pdl=pdl), residual.double() + exact) < 1e-2
+    assert error(ops.linear_add(x, weight[:outputs], residual), residual.double() + exact) < 1e-2
     if not few.fits(weight, kept=True):
         return
     normal = F.rms_norm(x.double(), (inputs,), norm.double(), 1e-6)
     gate, up = (normal @ weight.double().T).chunk(2, 1)
-    stream, product = few.norm_linear(x, norm, weight[:outputs], eps=1e-6, pdl=pdl)
+    stream, product = ops.norm_linear(x, norm, weight[:outputs], eps=1e-6)
     assert stream is x
     assert error(product, gate) < 1e-2
-    assert error(few.norm_gate(x, norm, weight, eps=1e-6, pdl=pdl)[1], F.silu(gate) * up) < 1e-2
-    logits = few.head(x, None, norm, weight[:outputs], eps=1e-6, pdl=pdl)
+    assert error(ops.norm_gate(x, norm, weight, eps=1e-6)[1], F.silu(gate) * up) < 1e-2
+    logits = ops.head(x, None, norm, weight[:outputs], eps=1e-6)
     assert logits.dtype == torch.float32
     assert error(logits, gate) < 1e-2
 
 
 @pytest.mark.cuda
 def test_a_broken_row_of_a_few_leaves_the_others_as_they_are(device: str) -> None:
-    from mllm.kernels import few
+    from mllm.kernels import cuda, few
 
-    place = torch.device(device)
-    x, weight = (random(*n, like=place, dtype=torch.bfloat16) for n in ((3, 1024), (300, 1024)))
-    norm = torch.ones(1024, dtype=torch.bfloat16, device=place)
-    before = few.head(x, None, norm, weight, eps=1e-6, pdl=False)
+    x, weight = random(3, 1024, device=device), random(300, 1024, device=device)
+    assert few.fits(weight, kept=True)
+    head = cuda.decode_ops(3, pdl=False, hopper=True).head
+    norm = torch.ones(1024, dtype=torch.bfloat16, device=device)
+    before = head(x, None, norm, weight, eps=1e-6)
     x[1] = torch.nan
-    after = few.head(x, None, norm, weight, eps=1e-6, pdl=False)
+    after = head(x, None, norm, weight, eps=1e-6)
     assert torch.equal(before[[0, 2]], after[[0, 2]])
     assert after[1].isnan().all()
 

@@ -18,13 +18,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 
-@pytest.fixture
-def hopper(device: str) -> None:
-    """Gluon has no interpreter, and the tensor cores that it is used for are those of capability 9.0."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a GPU of capability 9.0")
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 @pytest.mark.parametrize("bounds", [[0, 70, 70, 301, 1000], [0, 64], [0, 1300]], ids=str)

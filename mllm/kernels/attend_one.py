@@ -9,7 +9,6 @@ have some tokens each, meet once more; and each weighs some columns of the value
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -177,12 +176,9 @@ def attend_one_kernel(
     gl.store(sums + at, most + gl.log2(total), mask=r < G)
 
 
-def split_for(heads: int, kv_heads: int, size: int, tokens: int) -> Split | None:
-    """How a row of at most `tokens` tokens is shared out; None where `attend` is faster, or this can't take the heads. The
-    record is in `docs/performance.md`."""
-    if heads // kv_heads >= ROWS.value or size not in (64, 128) or tokens > (2048 if heads <= 16 else 1024):
-        return None
-    return Split(max(4, triton.next_power_of_2(triton.cdiv(tokens, 128))), 128, 8, 0)
+def fits(split: Split, group: int, size: int, tokens: int) -> bool:
+    """Whether splits of a row of at most `tokens` tokens are a tile each, with heads of this size, so many to a group."""
+    return split.stages == 1 and split.splits * split.tile >= tokens and group < ROWS.value and size in (64, 128)
 
 
 def attend_(

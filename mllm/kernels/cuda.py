@@ -67,7 +67,7 @@ def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
         advance_=partial(step.advance_, pdl=pdl),
     )
     if rows == 1:
-        return attrs.evolve(ops, **_read_once(linear, pdl=pdl))
+        return attrs.evolve(ops, **_whole(partial(linear.linear, pdl=pdl)))
     if hopper and rows in FEW_ROWS:
         return attrs.evolve(ops, **_few(pdl=pdl))
     chained = hopper and rows in CHAINED_ROWS
@@ -103,16 +103,29 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
     )
 
 
-def _read_once(products: Any, *, pdl: bool) -> dict[str, Callable[..., Any]]:
-    """The ops of a module whose products do the norms as well: `linear` or `few`."""
-    return {
-        name: partial(getattr(products, name), pdl=pdl) for name in ("norm_linear", "linear_add", "norm_gate", "head")
-    }
+def _whole(product: Product) -> dict[str, Callable[..., Any]]:
+    """The ops of products of decode steps that do the norm before them and the sum after them: of `linear` or `few`."""
+
+    def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+        return x, product(x, norm, weight, eps=eps)
+
+    def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+        return x, product(x, norm, weight, eps=eps, gate=True)
+
+    def linear_add(y: Tensor | attend.Unmerged, weight: Tensor, x: Tensor) -> Tensor:
+        total: Tensor = product(y, None, weight, x)
+        return total
+
+    def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        logits: Tensor = product(x, norm, weight, eps=eps, dtype=torch.float32)  # a step's positions are its rows
+        return logits
+
+    return {"norm_linear": norm_linear, "norm_gate": norm_gate, "linear_add": linear_add, "head": head}
 
 
 def _few(*, pdl: bool) -> dict[str, Callable[..., Any]]:
     """Those of `few`, and of `skinny` where that can't read the weight, or finds the stream as `skinny` left it."""
-    ours = _read_once(few, pdl=pdl)
+    ours = _whole(partial(few.linear, pdl=pdl))
     others = _skinny(pdl=pdl) | {"head": partial(_head, every=True, pdl=pdl)}
 
     def either(name: str, x: Stream, *around: Any, **settings: Any) -> Any:
@@ -184,8 +197,9 @@ def _decode_plan(
     rows, device = len(batch.lengths), batch.tokens.device
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     tokens = batch.pages.shape[1] * page_size
-    split = attend_one.split_for(heads, kv_heads, config.head_dim, tokens) if hopper and rows == 1 else None
-    split = split or attend.split_for(rows, heads, kv_heads, tokens)
+    split = attend.split_for(rows, heads, kv_heads, tokens)
+    if hopper and rows == 1 and attend_one.fits(split, heads // kv_heads, config.head_dim, tokens):
+        split = split._replace(stages=0)
     # ahead of the chain of kernels, which its memset would break
     workspace = attend.workspace_for(split, rows, heads, kv_heads, config.head_dim, device)
     cos, sin = _rotary(batch, config, pdl=pdl)

@@ -66,12 +66,9 @@ def _weights(at, live, i: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _pieces(at, live, COUNT: gl.constexpr, WIDTH: gl.constexpr):
-    """The first pieces of x, zeros where not `live`."""
-    xs = ()
-    for i in gl.static_range(COUNT):
-        xs += (gl.load(at + i * WIDTH, mask=live, other=0.0),)  # type: ignore[assignment]
-    return xs
+def _inputs(at, live, i: gl.constexpr, WIDTH: gl.constexpr):
+    """Piece i of x, zeros where not `live`."""
+    return gl.load(at + i * WIDTH, mask=live, other=0.0)
 
 
 @gluon.jit
@@ -85,6 +82,12 @@ def _scales(norm, COUNT: gl.constexpr, WARPS: gl.constexpr, INPUTS: gl.constexpr
     for i in gl.static_range(COUNT):
         scales.index(i).store(gl.load(norm + (i * WARPS + warp) * INPUTS + k))
     return scales
+
+
+@gluon.jit
+def _nothing(WARPS: gl.constexpr):
+    """Zeros, where the products of a tile are to be added."""
+    return gl.zeros([WARPS, OUTPUTS, ROWS], gl.float32, _product(WARPS))
 
 
 @gluon.jit
@@ -138,13 +141,13 @@ def _only(at, live, tile, from_x, some, xs, PIECES: gl.constexpr, WIDTH: gl.cons
     """The product of a program's only tile, in the warps' parts. `tile` and `xs`: the pieces that are on their way."""
     AHEAD: gl.constexpr = len(tile)
     XS: gl.constexpr = len(xs)
-    acc = gl.zeros([tile[0].shape[0], OUTPUTS, ROWS], gl.float32, _product(tile[0].shape[0]))
+    acc = _nothing(tile[0].shape[0])
     for i in gl.static_range(PIECES):
         acc = _add(acc, tile[i], xs[i])
         if i + AHEAD < PIECES:
             tile += (_weights(at, live, i + AHEAD, WIDTH),)
         if i + XS < PIECES:
-            xs += (gl.load(from_x + (i + XS) * WIDTH, mask=some, other=0.0),)
+            xs += (_inputs(from_x, some, i + XS, WIDTH),)
     return acc
 
 
@@ -153,7 +156,7 @@ def _next(at, live, after, live_after, tile, xs, WIDTH: gl.constexpr):
     """The same of a tile that another comes after, all of x at hand, and the pieces of that one."""
     AHEAD: gl.constexpr = len(tile)
     PIECES: gl.constexpr = len(xs)
-    acc = gl.zeros([tile[0].shape[0], OUTPUTS, ROWS], gl.float32, _product(tile[0].shape[0]))
+    acc = _nothing(tile[0].shape[0])
     for i in gl.static_range(PIECES):
         acc = _add(acc, tile[0], xs[i])
         if i + AHEAD < PIECES:
@@ -192,7 +195,9 @@ def few_kernel(
     row = gl.arange(0, ROWS, _axis(L, 2))[None, None, :]
     from_x = x + row * K + warp * INPUTS + k
     wait(PDL)
-    xs = _pieces(from_x, row < B, XS, WIDTH)
+    xs = ()
+    for i in gl.static_range(XS):
+        xs += (_inputs(from_x, row < B, i, WIDTH),)  # type: ignore[assignment]
     factor = None
     if NORM:
         xs, factor = _normalised(xs, scales, eps, K)
@@ -239,10 +244,11 @@ def fits(weight: Tensor, *, kept: bool) -> bool:
     return whole and weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
-def _launch(
-    x: Tensor, norm: Tensor | None, w: Tensor, residual: Tensor | None, *, eps: float = 0.0, gate: bool = False,
+def linear(
+    x: Tensor, norm: Tensor | None, w: Tensor, residual: Tensor | None = None, *, eps: float = 0.0, gate: bool = False,
     pdl: bool, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
+    """norm(x [B K]) @ w [N K].T + residual: [B N]; `gate`: silu(gate) * up, [B N/2]. The weight `fits`."""
     rows, inputs = x.shape
     outputs = len(w) // 2 if gate else len(w)
     tiles = triton.cdiv(outputs, OUTPUTS.value // 2 if gate else OUTPUTS.value)
@@ -255,19 +261,3 @@ def _launch(
         GATE=gate, ADD=residual is not None, ONCE=tiles <= tile.programs, num_warps=tile.warps, **options(pdl),
     )  # fmt: skip
     return y
-
-
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
-    return x, _launch(x, norm, weight, None, eps=eps, pdl=pdl)
-
-
-def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
-    return x, _launch(x, norm, weight, None, eps=eps, gate=True, pdl=pdl)
-
-
-def linear_add(y: Tensor, weight: Tensor, x: Tensor, *, pdl: bool) -> Tensor:
-    return _launch(y, None, weight, x, pdl=pdl)
-
-
-def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
-    return _launch(x, norm, weight, None, eps=eps, pdl=pdl, dtype=torch.float32)

@@ -147,10 +147,11 @@ def pieces_for(inputs: int) -> tuple[int, int]:
     return width, triton.cdiv(inputs, width)
 
 
-def _launch(
-    x: Tensor | Unmerged, norm: Tensor | None, w: Tensor, residual: Tensor | None, *, eps: float, gate: bool,
-    pdl: bool, dtype: torch.dtype | None = None,
+def linear(
+    x: Tensor | Unmerged, norm: Tensor | None, w: Tensor, residual: Tensor | None = None, *, eps: float = 0.0,
+    gate: bool = False, pdl: bool, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
+    """norm(x [1 K]) @ w [N K].T + residual: [1 N]; `gate`: silu(gate) * up, [1 N/2]."""
     if not w.is_contiguous():  # as a CPU may have it; read by rows it would give numbers, all wrong
         raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
     parts, sums, lengths, token_tile = x if isinstance(x, Unmerged) else (x, None, x, 1)
@@ -168,20 +169,3 @@ def _launch(
         ADD=residual is not None, num_warps=loop.warps, **options(pdl),
     )  # fmt: skip
     return y
-
-
-def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
-    return x, _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl)
-
-
-def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> tuple[Tensor, Tensor]:
-    return x, _launch(x, norm, weight, None, eps=eps, gate=True, pdl=pdl)
-
-
-def linear_add(y: Tensor | Unmerged, weight: Tensor, x: Tensor, *, pdl: bool) -> Tensor:
-    return _launch(y, None, weight, x, eps=0.0, gate=False, pdl=pdl)
-
-
-def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float, pdl: bool) -> Tensor:
-    """Of a step of one row, whose only position is the last."""
-    return _launch(x, norm, weight, None, eps=eps, gate=False, pdl=pdl, dtype=torch.float32)
