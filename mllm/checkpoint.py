@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mllm.config import Config
 from mllm.errors import CheckpointError
 from mllm.files import check_inside
-from mllm.weights import Weights, build
+from mllm.weights import Weights, build, room
 
 # Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
 # the prefixes of the family, below. A stored tensor has the shape of its field, unless sizes follow its name.
@@ -124,9 +124,11 @@ def load(
         nowhere = sys.stderr is None  # as in a service, where tqdm would write to it all the same
         bar = stack.enter_context(tqdm(total=len(joined), desc="weights", disable=nowhere or hidden))
 
+        empty = room(config, device=device, dtype=kind)
+
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
-            return _stack(joined[path], torch.empty(shape, device=device, dtype=kind))
+            return _stack(joined[path], empty(path, shape))
 
         return build(config, make)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -138,6 +139,23 @@ def _build(cls: type[S], sizes: Mapping[str, int], make: Make, prefix: str, skip
     return cls(**values)
 
 
+def room(config: Config, *, device: str | torch.device, dtype: torch.dtype) -> Make:
+    """Makes empty tensors. Those of one name of all decoder layers lie one after the other in memory, for kernels that go
+    on from layer to layer."""
+    stacks: dict[str, Tensor] = {}
+
+    def make(path: str, shape: tuple[int, ...]) -> Tensor:
+        found = re.fullmatch(r"text\.layers\.(\d+)\.(\w+)", path)
+        if not found:
+            return torch.empty(shape, dtype=dtype, device=device)
+        name = found[2]
+        if name not in stacks:
+            stacks[name] = torch.empty(config.text.num_hidden_layers, *shape, dtype=dtype, device=device)
+        return stacks[name][int(found[1])]
+
+    return make
+
+
 def elements(config: Config) -> int:
     """Elements of all parameters of a model, a tied head counted once; nothing is allocated."""
     counts: list[int] = []
@@ -156,9 +174,10 @@ def random(config: Config, *, seed: int = 0, device: str | torch.device = "cpu",
     For tests and benchmarks, which then need no download. The same seed gives the same weights on one device.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    empty = room(config, device=device, dtype=dtype)
 
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
-        made = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        made = empty(path, shape).normal_(0.0, 0.02, generator=generator)
         name = path.rpartition(".")[2]
         is_scale = "norm" in name and not name.endswith("bias")
         return made.add_(1.0) if is_scale else made
