@@ -35,12 +35,12 @@ from mllm.kernels import cuda, cuda_vision, mrope, patches, step
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.sampling import Sampling, sampling_batch
-from mllm.weights import build
+from mllm.weights import build, room
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
-OPTIONS = {"num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "maxnreg", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion"}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -52,7 +52,20 @@ def decode(model: str, rows: int, *, wide: bool, hopper: bool) -> None:
     ops = cuda.decode_ops(rows, pdl=wide, hopper=hopper)
     for listed in (4, 16, 32, 512) if rows == 1 else (32,):
         batch = forward(model, ops, rows, rows, listed)
+        if rows == 1:
+            whole(model, ops, batch)
     ops.advance_(batch, empty(rows, dtype=torch.int32), page_size=64)
+
+
+def whole(model: str, ops: Ops, batch: ForwardBatch) -> None:
+    """A step as one kernel, where the table has one."""
+    config = families.preset(model)
+    size = config.sizes
+    weights = build(config, room(config, device="meta", dtype=torch.bfloat16)).text
+    pool = empty(size["L"], 100, 64, size["K"], size["D"])
+    plan = ops.plan(batch, config=config.text, page_size=64, dtype=torch.bfloat16)
+    made = ops.whole_(empty(1, size["E"]), weights, pool, pool, plan, eps=1e-6)
+    assert (made is None) == (plan.exchange is None)
 
 
 def prompt(model: str, tokens: int, *, wide: bool, hopper: bool) -> None:

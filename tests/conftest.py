@@ -96,7 +96,7 @@ def vision_model(checkpoints: Callable[..., Tiny]) -> Tiny:
     return checkpoints(vision=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def hopper(device: str) -> None:
     """For kernels in Gluon, which has no interpreter: the tensor cores that they are for are those of capability 9.0."""
     if torch.cuda.get_device_capability()[0] != 9:

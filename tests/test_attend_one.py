@@ -27,7 +27,7 @@ def turned(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("listed", "page"), [(16, 16), (8, 64), (32, 64)])
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("heads", [(1, 1), (16, 8), (20, 4), (32, 8), (30, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (16, 8), (20, 4), (32, 8), (16, 2)], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.49, 0.5, 0.51, 1.0])
 def test_one_row_attends_to_what_is_before_it(
     share: float,
@@ -39,11 +39,11 @@ def test_one_row_attends_to_what_is_before_it(
     device: str,
     hopper: None,
 ) -> None:
-    from mllm.kernels import attend, attend_one
-    from mllm.kernels.attend import DecodePlan
+    from mllm.kernels import attend_one
+    from mllm.kernels.decode_plan import DecodePlan, split_for
 
     queries, kv = heads
-    split = attend.split_for(1, queries, kv, listed * page)
+    split = split_for(1, queries, kv, listed * page)
     if not attend_one.fits(split, queries // kv, size, listed * page):
         pytest.skip("left to `attend`")
     past = min(int(share * listed * page), listed * page - 1)
@@ -61,7 +61,7 @@ def test_one_row_attends_to_what_is_before_it(
     slots = places[past : past + 1]
     plan = DecodePlan(
         cos=angle.cos()[None], sin=angle.sin()[None], slots=slots, pages=pages,
-        lengths=torch.tensor([past + 1], dtype=torch.int32, device=device), workspace=None, split=split,
+        lengths=torch.tensor([past + 1], dtype=torch.int32, device=device), workspace=None, exchange=None, split=split,
     )  # fmt: skip
     parts, sums, *_ = attend_one.attend_(qkv[None], q_norm, k_norm, plan, *pool, eps=1e-6, pdl=True)
     chunk = math.ceil(math.ceil(past / split.splits) / split.tile) * split.tile

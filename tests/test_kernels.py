@@ -110,11 +110,11 @@ def test_a_decode_step_equals_the_reference(shape: Any, device: str, ops: functo
 def test_long_contexts_are_read_by_small_programs(
     shape: Any, like: tuple[int, ...], device: str, ops: functools.partial[Ops], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mllm.kernels import attend
+    from mllm.kernels import decode_plan
 
-    long = attend.split_for(*like)
+    long = decode_plan.split_for(*like)
     assert long.stages > 1
-    monkeypatch.setattr(attend, "split_for", lambda *_: long)
+    monkeypatch.setattr(decode_plan, "split_for", lambda *_: long)
     model, pool, batch, _ = decoding(shape, device)
     rows = len(shape[6])
     expected, got = (

@@ -1,9 +1,9 @@
 """The op tables of NVIDIA GPUs: decode steps by their number of rows, and prompts.
 
-One row: products by hand, which read their weights before the kernel ahead of them is done; up to 8, on Hopper, the same
-on tensor cores. Some rows: tensor cores with the weight as the tall side. Some hundred, on Hopper: products that do what
-follows them. Many: cuBLAS between fused elementwise kernels. Every bound is read on the device, so each of the tables can
-be recorded as a graph, but the one with FlashInfer's attention.
+One row: on Hopper all layers as one kernel, else products by hand, which read their weights before the kernel ahead of
+them is done. Up to 8, on Hopper: the same on tensor cores. Some rows: tensor cores with the weight as the tall side. Some
+hundred, on Hopper: products that do what follows them. Many: cuBLAS between fused elementwise kernels. Every bound is read
+on the device, so each of the tables can be recorded as a graph, but the one with FlashInfer's attention.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mllm.config import TextConfig
 from mllm.kernels import (
     attend,
     attend_one,
+    decode_plan,
     draw,
     elementwise,
     few,
@@ -29,16 +30,19 @@ from mllm.kernels import (
     flash_hopper,
     linear,
     long_prompts,
+    persistent,
     products,
     rope,
     skinny,
     step,
 )
-from mllm.kernels.attend import DecodePlan
+from mllm.kernels.decode_plan import DecodePlan, Unmerged
+from mllm.kernels.hopper import multiprocessors
 from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.state import State, state, tensor
+from mllm.weights import TextWeights
 
 FEW_ROWS = range(2, 9)
 """Rows of a decode step for which the products of `few` beat the others on Hopper; the record is in
@@ -67,7 +71,7 @@ def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
         advance_=partial(step.advance_, pdl=pdl),
     )
     if rows == 1:
-        return attrs.evolve(ops, **_whole(partial(linear.linear, pdl=pdl)))
+        return attrs.evolve(ops, **_whole(partial(linear.linear, pdl=pdl)), whole_=partial(_persistent, pdl=pdl))
     if hopper and rows in FEW_ROWS:
         return attrs.evolve(ops, **_few(pdl=pdl))
     chained = hopper and rows in CHAINED_ROWS
@@ -112,7 +116,7 @@ def _whole(product: Product) -> dict[str, Callable[..., Any]]:
     def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
         return x, product(x, norm, weight, eps=eps, gate=True)
 
-    def linear_add(y: Tensor | attend.Unmerged, weight: Tensor, x: Tensor) -> Tensor:
+    def linear_add(y: Tensor | Unmerged, weight: Tensor, x: Tensor) -> Tensor:
         total: Tensor = product(y, None, weight, x)
         return total
 
@@ -197,11 +201,13 @@ def _decode_plan(
     rows, device = len(batch.lengths), batch.tokens.device
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     tokens = batch.pages.shape[1] * page_size
-    split = attend.split_for(rows, heads, kv_heads, tokens)
+    split, exchange = decode_plan.split_for(rows, heads, kv_heads, tokens), None
     if hopper and rows == 1 and attend_one.fits(split, heads // kv_heads, config.head_dim, tokens):
         split = split._replace(stages=0)
-    # ahead of the chain of kernels, which its memset would break
-    workspace = attend.workspace_for(split, rows, heads, kv_heads, config.head_dim, device)
+    # ahead of the chain of kernels, which a memset would break
+    workspace = decode_plan.workspace_for(split, rows, heads, kv_heads, config.head_dim, device)
+    if hopper and rows == 1 and persistent.fits(config, tokens, dtype, multiprocessors(device)):
+        exchange = persistent.exchange_for(config, tokens, device)
     cos, sin = _rotary(batch, config, pdl=pdl)
     return DecodePlan(
         cos=cos,
@@ -210,14 +216,28 @@ def _decode_plan(
         pages=batch.pages,
         lengths=batch.lengths,
         workspace=workspace,
+        exchange=exchange,
         split=split,
     )
+
+
+def _persistent(
+    x: Tensor, weights: TextWeights, keys: Tensor, values: Tensor, plan: DecodePlan, *, eps: float, pdl: bool
+) -> Tensor | None:
+    """A whole step of one row, if plan and weights are such that one kernel can do it."""
+    if plan.exchange is None:
+        return None
+    stacks = persistent.stacked(weights.layers)
+    if stacks is None or not weights.head.is_contiguous():
+        return None
+    norm, head = weights.norm, weights.head
+    return persistent.logits(x, stacks, norm, head, keys, values, plan, plan.exchange, eps=eps, pdl=pdl)
 
 
 def _attend(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: DecodePlan, keys: Tensor, values: Tensor, *, eps: float,
     pdl: bool,
-) -> Tensor | attend.Unmerged:  # fmt: skip
+) -> Tensor | Unmerged:  # fmt: skip
     run = attend.attend_ if plan.split.stages else attend_one.attend_
     return run(qkv, q_norm, k_norm, plan, keys, values, eps=eps, pdl=pdl)
 

@@ -56,6 +56,14 @@ def new_barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
     return bars
 
 
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a card; of tensors that are nowhere, those of an H100."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """By which `rows` by `columns` of x [... columns] are copied at once; all but its first dimension lie side by side."""
     return TensorDescriptor(

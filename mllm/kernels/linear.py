@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.errors import ShapeError
-from mllm.kernels.attend import Unmerged, merged, shares
+from mllm.kernels.attend import merged, shares
+from mllm.kernels.decode_plan import Unmerged
 from mllm.kernels.pdl import launch_dependents, options, wait
 
 

@@ -36,6 +36,9 @@ class Ops:
     norm_gate: Callable[..., tuple[Stream, Tensor]]  # x, norm [E], weight [G E], eps -> x, silu(gate) * up [T F]
     # x, last [Q], norm, weight [V E], eps -> logits f32 [Q V] of the positions `last`, or of all where that is None
     head: Callable[..., Tensor]
+    # x, weights, keys, values [L P S K D], plan, eps -> logits f32 [B V] of a decode step, all layers and the head at once;
+    # None: layer by layer, as above; keys, values
+    whole_: Callable[..., Tensor | None]
     # at the positions of image tokens; a negative one pads the batch
     put_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x
     add_: Callable[..., Stream]  # x, at [M], rows [M E] -> x; x

@@ -127,6 +127,10 @@ def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: f
     return norm_linear(x if last is None else x.index_select(0, last), norm, weight, eps=eps)[1].float()
 
 
+def whole_(*args: object, **settings: object) -> None:
+    """Layer by layer."""
+
+
 def put_(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     live = at >= 0
     return x.index_copy_(0, at[live], rows[live].to(x.dtype))
@@ -187,6 +191,7 @@ REFERENCE = Ops(
     linear_add=linear_add,
     norm_gate=norm_gate,
     head=head,
+    whole_=whole_,
     put_=put_,
     add_=add_,
     sample=sample,

@@ -44,6 +44,9 @@ def forward(
     x = ops.embed(batch.tokens, weights.embed)
     if vision is not None:
         x = ops.put_(x, vision.at, vision.embed)
+    logits = ops.whole_(x, weights, pool.keys, pool.values, plan, eps=config.rms_norm_eps)
+    if logits is not None:
+        return logits
     deep = 0 if vision is None else len(vision.deep)
     # of the last layer a prompt needs no more than keys and values, but at the positions whose logits are wanted
     narrow = len(batch.last) < len(batch.tokens) and deep < len(weights.layers)

@@ -1,0 +1,150 @@
+"""A decode step of one row as one kernel on Hopper: the same as the reference, layer by layer.
+
+pytest tests/test_persistent.py --device cuda
+"""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from attending import error
+from torch import Tensor
+
+import mllm
+from mllm import families, stages, weights
+from mllm.batch import ForwardBatch, decode_batch
+from mllm.cache import KVPool
+from mllm.config import Config
+from mllm.kernels.reference import REFERENCE
+from mllm.state import clone, leaves, map_leaves, replace
+from mllm.table import RequestTable
+from mllm.transform import capture
+
+pytest.importorskip("triton")
+PAGE = 64
+SHAPES = {  # E, heads, key/value heads, their size, F, layers, V
+    "one-head": (512, 4, 4, 128, 512, 1, 1024),
+    "heads-of-64": (1024, 8, 8, 64, 1536, 2, 4112),
+    "groups-of-8": (1536, 16, 2, 128, 2560, 5, 16000),
+    "groups-of-4": (2560, 32, 8, 128, 9728, 2, 2048),
+    "three-tiles": (4608, 8, 4, 128, 1024, 3, 2048),
+}
+
+
+def config_of(shape: tuple[int, ...]) -> Config:
+    width, heads, kv_heads, size, inner, layers, vocabulary = shape
+    text = attrs.evolve(
+        families.preset("qwen3-0.6b").text, hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=size, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocabulary,
+    )  # fmt: skip
+    return attrs.evolve(families.preset("qwen3-0.6b"), text=text)
+
+
+def single(tree: object) -> object:
+    return map_leaves(lambda t: t.float() if t.is_floating_point() else t, tree)
+
+
+def step(model: mllm.Model, context: int, listed: int) -> tuple[KVPool, ForwardBatch]:
+    """A pool whose free slots are not finite, and a row with `context` tokens in it that is to get one more."""
+    table = RequestTable.empty(rows=1, pages=listed, page_size=PAGE)
+    table, held = stages.admit(table, [context + 1])
+    table = stages.commit(table, held, [context])
+    pool = KVPool.empty(model.config.text, pages=listed, page_size=PAGE, device="cuda", dtype=model.dtype)
+    pool.keys.fill_(torch.nan)
+    pool.values.fill_(torch.nan)
+    generator = torch.Generator("cuda").manual_seed(context)
+    for page in range(-(-context // PAGE)):
+        filled = min(PAGE, context - page * PAGE)
+        for kept in (pool.keys, pool.values):
+            kept[:, int(table.pages[0, page]), :filled].normal_(generator=generator)
+    return pool, decode_batch(table, held, [0], [7], size=1, listed=listed, device="cuda")
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def model(request: pytest.FixtureRequest, hopper: None) -> mllm.Model:
+    return mllm.dummy(config_of(SHAPES[request.param]), device="cuda", dtype="bfloat16")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("context", "listed"),
+    [(0, 1), (1, 4), (63, 4), (64, 4), (255, 4), (300, 8), (1023, 16), (1, 32), (1024, 32), (1500, 32), (2047, 32)],
+)
+def test_a_step_is_as_near_as_the_reference(model: mllm.Model, context: int, listed: int) -> None:
+    pool, batch = step(model, context, listed)
+    ops = model.step_ops(1)
+    plan = ops.plan(batch, config=model.config.text, page_size=PAGE, dtype=model.dtype)
+    assert plan.exchange is not None
+    settings = {"config": model.config}
+    exact, want = stages.decode(single(model.weights), single(pool), batch, ops=REFERENCE, **settings)
+    _, near = stages.decode(model.weights, clone(pool), batch, ops=REFERENCE, **settings)
+    own, got = stages.decode(model.weights, clone(pool), batch, ops=ops, **settings)
+    assert error(got, want) < 1.2 * error(near, want) + 1e-3
+    slot = divmod(int(batch.slots[0]), PAGE)
+    for ours, theirs in zip(leaves(own), leaves(exact), strict=True):
+        assert error(ours[:, slot[0], slot[1]], theirs[:, slot[0], slot[1]]) < 2e-2
+    for ours, before in zip(leaves(own), leaves(pool), strict=True):
+        ours[:, slot[0], slot[1]] = before[:, slot[0], slot[1]] = 0
+        assert torch.equal(ours.nan_to_num(9), before.nan_to_num(9))
+
+
+@pytest.mark.cuda
+def test_a_recorded_step_gives_the_same_bits_every_time(model: mllm.Model) -> None:
+    pool, batch = step(model, 700, 16)
+    ops = model.step_ops(1)
+
+    def run(pool: KVPool, batch: ForwardBatch) -> tuple[KVPool, Tensor]:
+        return stages.decode(model.weights, pool, batch, config=model.config, ops=ops)
+
+    _, want = run(clone(pool), batch)
+    replay = capture(run, donate=["pool"])
+    for _ in range(300):
+        pool, got = replay(pool, batch)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.cuda
+def test_weights_that_lie_apart_are_taken_layer_by_layer(model: mllm.Model) -> None:
+    pool, batch = step(model, 100, 4)
+    ops, apart = model.step_ops(1), map_leaves(torch.clone, model.weights)
+    plan = ops.plan(batch, config=model.config.text, page_size=PAGE, dtype=model.dtype)
+    x = ops.embed(batch.tokens, apart.text.embed)
+    if model.config.text.num_hidden_layers > 1:
+        assert ops.whole_(x, apart.text, pool.keys, pool.values, plan, eps=1e-6) is None
+    want = stages.decode(model.weights, clone(pool), batch, config=model.config, ops=ops)[1]
+    got = stages.decode(apart, clone(pool), batch, config=model.config, ops=ops)[1]
+    assert error(got, want) < 3e-2
+
+
+def test_layers_are_stacked_where_they_are_made() -> None:
+    from mllm.kernels import persistent
+
+    config = config_of(SHAPES["groups-of-8"])
+    made = weights.random(config, dtype=torch.bfloat16).text
+    stacks = persistent.stacked(made.layers)
+    assert stacks is not None
+    for name in persistent.Stacks._fields:
+        for i, layer in enumerate(made.layers):
+            assert torch.equal(getattr(stacks, name)[i], getattr(layer, name))
+    assert persistent.stacked(made.layers[::-1]) is None
+    assert persistent.stacked(map_leaves(torch.clone, made).layers) is None
+    half = [replace(layer, down=layer.down[:, :512]) for layer in made.layers]
+    assert persistent.stacked(half) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"])
+def test_what_fits_the_chip(name: str) -> None:
+    from mllm.kernels import persistent
+
+    config = families.preset(name).text
+    assert all(persistent.fits(config, tokens, torch.bfloat16, 132) for tokens in (64, 1024, 1088, 2048))
+    assert not persistent.fits(config, 2112, torch.bfloat16, 132)
+    assert not persistent.fits(config, 2048, torch.float16, 132)
+    assert not persistent.fits(config, 2048, torch.bfloat16, 114)
+    for changes in (
+        {"num_key_value_heads": 6, "num_attention_heads": 30},
+        {"intermediate_size": 6000},
+        {"head_dim": 96},
+    ):
+        assert not persistent.fits(attrs.evolve(config, **changes), 64, torch.bfloat16, 132)
