@@ -4,7 +4,8 @@ Between kernels, even where the next one starts early, a multiprocessor's reques
 program does nothing but copy weights into a ring (`kernels/ring.py`), while the others do what the chain of kernels does:
 product, attention, product, gate, product. What a program has made it sends to the others in words that carry the layer they
 are of (`kernels/words.py`). A word is written again a layer later. By then all have read it: whoever writes has heard, by
-way of others, from every program that reads it. Each program keeps its part of the residual stream, in float32.
+way of others, from every program that reads it, as none reads what it makes nothing of. Each program keeps its part of the
+residual stream, in float32.
 """
 
 from __future__ import annotations
@@ -130,6 +131,16 @@ def _started(x, stream, E: gl.constexpr, T: gl.constexpr):
 
 
 @gluon.jit
+def _heard(x, start, turn, wanted, E: gl.constexpr):
+    """x [E] in pieces, that others send; where it is not wanted, that which the step begins with."""
+    if wanted:
+        pieces = ring.receive_vector(x, turn, E)
+    else:
+        pieces = ring.read(start, E)
+    return pieces
+
+
+@gluon.jit
 def _logits(weights, pieces, scales, squares, y, step, eps, N: gl.constexpr, K: gl.constexpr, T: gl.constexpr):
     """norm(x) @ w.T, to `y` f32 [N]."""
     xs = ring.factors(ring.put_scaled(pieces, scales, squares, T), 0, K // WIDTH, T)
@@ -165,7 +176,8 @@ def _consume(
     stream = gl.allocate_shared_memory(gl.float32, [2 * OWN, OUTPUTS // 2], flat)
     program = gl.program_id(0)
     h, split = program % K, program // K
-    adds = program * OUTPUTS < E  # else it need not hear, nor could others know that it has
+    # a program without a tile of a product must not ask for what goes into it: others would not know when it has read that
+    projects, adds, gates = program * OUTPUTS < C, program * OUTPUTS < E, program * OUTPUTS < F
     step = 0
     wait(PDL)
     _started(start, stream, E, T)
@@ -175,10 +187,7 @@ def _consume(
     for layer in range(layers):
         turn = layer + 1
         scales = ring.read(norm_in + layer * E, E)
-        if layer == 0:
-            pieces = ring.read(start, E)
-        else:
-            pieces = ring.receive_vector(x, layer, E)
+        pieces = _heard(x, start, layer, projects & (layer > 0), E)
         at = layer.to(gl.int64) * across  # type: ignore[attr-defined]
         kv = attend_one.ask(keys + at, values + at, places, h, K, D, WARPS)
         head_norms = attend_one.norms(q_norm + layer * D, k_norm + layer * D, H // K, D, WARPS)
@@ -193,7 +202,7 @@ def _consume(
         if adds:
             step = _added(weights, heads, stream, mid, step, turn, E, A, T)
         scales = ring.read(norm_mlp + layer * E, E)
-        pieces = ring.receive_vector(mid, turn, E)
+        pieces = _heard(mid, start, turn, gates, E)
         step = _gated(weights, pieces, scales, squares, gated, step, turn, eps, F, E, T)
         if adds:
             step = _added(weights, gated, stream, x, step, turn, E, F, T)
