@@ -71,7 +71,7 @@ def decode_ops(rows: int, *, pdl: bool, hopper: bool = False) -> Ops:
         advance_=partial(step.advance_, pdl=pdl),
     )
     if rows == 1:
-        return attrs.evolve(ops, **_whole(partial(linear.linear, pdl=pdl)), whole_=partial(_persistent, pdl=pdl))
+        return attrs.evolve(ops, **_fused(partial(linear.linear, pdl=pdl)), whole_=partial(_persistent, pdl=pdl))
     if hopper and rows in FEW_ROWS:
         return attrs.evolve(ops, **_few(pdl=pdl))
     chained = hopper and rows in CHAINED_ROWS
@@ -107,7 +107,7 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
     )
 
 
-def _whole(product: Product) -> dict[str, Callable[..., Any]]:
+def _fused(product: Product) -> dict[str, Callable[..., Any]]:
     """The ops of products of decode steps that do the norm before them and the sum after them: of `linear` or `few`."""
 
     def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def _whole(product: Product) -> dict[str, Callable[..., Any]]:
 
 def _few(*, pdl: bool) -> dict[str, Callable[..., Any]]:
     """Those of `few`, and of `skinny` where that can't read the weight, or finds the stream as `skinny` left it."""
-    ours = _whole(partial(few.linear, pdl=pdl))
+    ours = _fused(partial(few.linear, pdl=pdl))
     others = _skinny(pdl=pdl) | {"head": partial(_head, every=True, pdl=pdl)}
 
     def either(name: str, x: Stream, *around: Any, **settings: Any) -> Any:

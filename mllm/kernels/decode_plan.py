@@ -96,8 +96,7 @@ class Exchange(State):
 @state
 class DecodePlan(State):
     """Computed once per step: rotary tables f32 [B D/2] and the batch's bounds. Without a `workspace` the splits are
-    handed on as `Unmerged`. `exchange`: of `persistent`, where that can do the
-    step."""
+    handed on as `Unmerged`. `exchange` is for `persistent`, and None where that can't do the step."""
 
     cos: Tensor
     sin: Tensor

@@ -44,6 +44,7 @@ def forward(
     x = ops.embed(batch.tokens, weights.embed)
     if vision is not None:
         x = ops.put_(x, vision.at, vision.embed)
+    # a table may have one kernel for all of a decode step
     logits = ops.whole_(x, weights, pool.keys, pool.values, plan, eps=config.rms_norm_eps)
     if logits is not None:
         return logits
