@@ -8,9 +8,16 @@ import itertools
 import torch
 from torch import Tensor
 
+from mllm.state import map_leaves
+
 
 def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def single(tree: object) -> object:
+    """Its numbers in float32."""
+    return map_leaves(lambda t: t.float() if t.is_floating_point() else t, tree)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import attrs
 import pytest
 import torch
-from attending import error
+from attending import error, single
 from torch import Tensor
 
 import mllm
@@ -38,10 +38,6 @@ def model(request: pytest.FixtureRequest) -> Iterator[mllm.Model]:
 
 def as_near(got: Tensor, reference: Tensor, exact: Tensor) -> bool:
     return error(got, exact) < 1.2 * error(reference, exact)
-
-
-def single(tree: object) -> object:
-    return map_leaves(lambda t: t.float() if t.is_floating_point() else t, tree)
 
 
 @pytest.mark.parametrize("lengths", [[70], [104], [256], [300, 84], [512], [1000], [1, 900, 130], [2048]], ids=str)

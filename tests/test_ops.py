@@ -335,13 +335,8 @@ def test_an_op_computes_its_definition(table: tuple[Ops, str], case: Case, dtype
 
 
 def test_every_op_of_the_table_has_a_case() -> None:
-    elsewhere = {
-        "plan",
-        "vision_plan",
-        "whole_",
-        "sample",
-        "advance_",
-    }  # by way of attention; test_persistent, test_sampling; below
+    # by way of attention, twice; in test_persistent; in test_sampling; below
+    elsewhere = {"plan", "vision_plan", "whole_", "sample", "advance_"}
     assert {case.op for case in CASES} | elsewhere == {f.name for f in attrs.fields(Ops)}
 
 

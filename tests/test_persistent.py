@@ -8,7 +8,7 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from attending import error
+from attending import error, single
 from torch import Tensor
 
 import mllm
@@ -39,10 +39,6 @@ def config_of(shape: tuple[int, ...]) -> Config:
         head_dim=size, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocabulary,
     )  # fmt: skip
     return attrs.evolve(families.preset("qwen3-0.6b"), text=text)
-
-
-def single(tree: object) -> object:
-    return map_leaves(lambda t: t.float() if t.is_floating_point() else t, tree)
 
 
 def step(model: mllm.Model, context: int, listed: int) -> tuple[KVPool, ForwardBatch]:

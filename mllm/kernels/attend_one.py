@@ -154,13 +154,13 @@ def where(pages, past, chunk, split, S: gl.constexpr, D: gl.constexpr, TILE: gl.
 @gluon.jit
 def ask(keys, values, places, h, K: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
     """Keys [D TILE] and values [TILE D] of one head, zeros where there are none, on their way."""
-    some, slots, others, places = places
+    some, slots, some_values, value_slots = places
     d = gl.arange(0, D, gl.SliceLayout(1, _key_layout(WARPS)))
     at = (slots.to(gl.int64) * K + h) * D
     kt = gl.load(keys + at[None, :] + d[:, None], mask=some[None, :], other=0.0)
     d = gl.arange(0, D, gl.SliceLayout(0, _value_layout(D, WARPS)))
-    at = (places.to(gl.int64) * K + h) * D
-    return kt, gl.load(values + at[:, None] + d[None, :], mask=others[:, None], other=0.0)
+    at = (value_slots.to(gl.int64) * K + h) * D
+    return kt, gl.load(values + at[:, None] + d[None, :], mask=some_values[:, None], other=0.0)
 
 
 @gluon.jit
@@ -198,7 +198,8 @@ def answer(
     score = mma_v2(ys.load(gl.DotOperandLayout(0, L, 8)), kt, gl.zeros([ROWS, kt.shape[1]], gl.float32, L))
     newest = gl.sum(y.to(gl.float32) * ys.slice(G, 1).load(R).to(gl.float32), 1)
     news = gl.allocate_shared_memory(gl.float32, [ROWS], _row_major(1), newest)
-    v = _half(gl.zeros([ROWS, D], T, L)) + ys.slice(G + 1, 1).load(_half(gl.zeros([ROWS, D], T, L)).type.layout)
+    nothing = _half(gl.zeros([ROWS, D], T, L))
+    v = nothing + ys.slice(G + 1, 1).load(nothing.type.layout)
     some = gl.convert_layout(some, gl.SliceLayout(0, L))
     p, top = _powers(_half(gl.where(some[None, :], score, MASKED)), WARPS)
     ps = gl.allocate_shared_memory(T, p.shape, _factor_of_16_bits(), p.to(T))

@@ -201,13 +201,15 @@ def _decode_plan(
     rows, device = len(batch.lengths), batch.tokens.device
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     tokens = batch.pages.shape[1] * page_size
-    split, exchange = decode_plan.split_for(rows, heads, kv_heads, tokens), None
-    if hopper and rows == 1 and attend_one.fits(split, heads // kv_heads, config.head_dim, tokens):
-        split = split._replace(stages=0)
-    # ahead of the chain of kernels, which a memset would break
+    split = decode_plan.split_for(rows, heads, kv_heads, tokens)
+    exchange = None
+    if hopper and rows == 1:
+        if attend_one.fits(split, heads // kv_heads, config.head_dim, tokens):
+            split = split._replace(stages=0)
+        if persistent.fits(config, tokens, dtype, multiprocessors(device)):
+            exchange = persistent.exchange_for(config, tokens, device)
+    # its zeros, as those of the exchange, come ahead of the chain of kernels, which a memset would break
     workspace = decode_plan.workspace_for(split, rows, heads, kv_heads, config.head_dim, device)
-    if hopper and rows == 1 and persistent.fits(config, tokens, dtype, multiprocessors(device)):
-        exchange = persistent.exchange_for(config, tokens, device)
     cos, sin = _rotary(batch, config, pdl=pdl)
     return DecodePlan(
         cos=cos,

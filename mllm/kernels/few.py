@@ -17,25 +17,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from mllm.kernels.hopper import MULTIPROCESSORS
+from mllm.kernels.hopper import MULTIPROCESSORS, factor_layout, parts_layout
 from mllm.kernels.pdl import launch_dependents, options, wait
+from mllm.kernels.words import halves
 
 OUTPUTS = gl.constexpr(16)
 """Of a tile: the tensor cores' tall side. Of gate and up it has 8 each."""
 ROWS = gl.constexpr(8)
 """Their narrow one."""
-
-
-@gluon.constexpr_function
-def _product(warps):
-    """How the warps hold a product [warps outputs rows], each that of its own inputs."""
-    return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
-
-
-@gluon.constexpr_function
-def _factor(index, warps, inputs=8):
-    """How they hold a factor: the weight [warps outputs inputs], or x [warps inputs rows]; `inputs` of them in a row."""
-    return gl.DotOperandLayout(index, _product(warps), inputs)
 
 
 @gluon.constexpr_function
@@ -49,7 +38,7 @@ def _axis(layout, dim):
 def _tile(w, n, N, K: gl.constexpr, WARPS: gl.constexpr, INPUTS: gl.constexpr, GATE: gl.constexpr):
     """Where a tile of the weight begins, two inputs in 32 bits [WARPS OUTPUTS INPUTS/2], and which of it exist: its
     outputs from n on; GATE: half of its rows are those of gate, and half those of up, N apart."""
-    L: gl.constexpr = _factor(0, WARPS, 4)
+    L: gl.constexpr = factor_layout(0, WARPS, 4)
     w = w.to(gl.pointer_type(gl.int32), bitcast=True)
     warp = gl.arange(0, WARPS, _axis(L, 0))[:, None, None]
     pair = gl.arange(0, INPUTS // 2, _axis(L, 2))[None, None, :]
@@ -74,7 +63,7 @@ def _inputs(at, live, i: gl.constexpr, WIDTH: gl.constexpr):
 @gluon.jit
 def _scales(norm, COUNT: gl.constexpr, WARPS: gl.constexpr, INPUTS: gl.constexpr):
     """A norm's weight in pieces, in shared memory, since registers are short."""
-    S: gl.constexpr = gl.SliceLayout(2, _factor(1, WARPS))
+    S: gl.constexpr = gl.SliceLayout(2, factor_layout(1, WARPS, 8))
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, S))[:, None]
     k = gl.arange(0, INPUTS, gl.SliceLayout(0, S))[None, :]
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -87,16 +76,15 @@ def _scales(norm, COUNT: gl.constexpr, WARPS: gl.constexpr, INPUTS: gl.constexpr
 @gluon.jit
 def _nothing(WARPS: gl.constexpr):
     """Zeros, where the products of a tile are to be added."""
-    return gl.zeros([WARPS, OUTPUTS, ROWS], gl.float32, _product(WARPS))
+    return gl.zeros([WARPS, OUTPUTS, ROWS], gl.float32, parts_layout(WARPS))
 
 
 @gluon.jit
 def _add(acc, pairs, x):
     """acc and the product of a piece, whose halves a loop would have put in a register each."""
-    low = pairs.to(gl.int16).to(x.dtype, bitcast=True)
-    high = (pairs >> 16).to(gl.int16).to(x.dtype, bitcast=True)
+    low, high = halves(pairs, x.dtype)
     piece = gl.reshape(gl.join(low, high), [pairs.shape[0], OUTPUTS, 2 * pairs.shape[2]])
-    return mma_v2(gl.convert_layout(piece, _factor(0, pairs.shape[0]), assert_trivial=True), x, acc)
+    return mma_v2(gl.convert_layout(piece, factor_layout(0, pairs.shape[0], 8), assert_trivial=True), x, acc)
 
 
 @gluon.jit
@@ -109,7 +97,7 @@ def _normalised(xs, scales, eps, K: gl.constexpr):
         v = xs[i].to(gl.float32)
         square += v * v
         scaled += (xs[i] * scales.index(i).load(gl.SliceLayout(2, L))[:, :, None],)  # type: ignore[assignment]
-    into: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, _product(xs[0].shape[0])))
+    into: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, parts_layout(xs[0].shape[0])))
     square = gl.convert_layout(gl.sum(gl.sum(square, 1), 0), into)
     return scaled, gl.rsqrt(square / K + eps)[None, :]
 
@@ -181,7 +169,7 @@ def few_kernel(
     WIDTH: gl.constexpr = WARPS * INPUTS
     PIECES: gl.constexpr = K // WIDTH
     OUT: gl.constexpr = OUTPUTS // 2 if GATE else OUTPUTS
-    L: gl.constexpr = _factor(1, WARPS)
+    L: gl.constexpr = factor_layout(1, WARPS, 8)
     launch_dependents(PDL)
     first = gl.program_id(0) * OUT
     at, live = _tile(w, first, N, K, WARPS, INPUTS, GATE)

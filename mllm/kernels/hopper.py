@@ -31,6 +31,18 @@ def mma(columns):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
+@gluon.constexpr_function
+def parts_layout(warps):
+    """How warps hold a product [warps 16 8] of the older instruction, each that of its own inputs."""
+    return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+
+
+@gluon.constexpr_function
+def factor_layout(index, warps, inputs):
+    """How they hold a factor of it: the weight [warps 16 n], or x [warps n 8]; `inputs` of them in a row."""
+    return gl.DotOperandLayout(index, parts_layout(warps), inputs)
+
+
 @gluon.jit
 def nothing(columns: gl.constexpr):
     """Zeros [64 columns], where a product is to be added."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -245,7 +246,7 @@ def exchange_for(config: TextConfig, tokens: int, device: torch.device) -> Excha
 def split_for(tokens: int, group: int) -> Split:
     """How a context of at most so many tokens is shared out, for heads in such groups; what was fastest on an H200."""
     tile = 64 if tokens <= 512 else 128
-    splits = max(4, group, 1 << (-(-tokens // tile) - 1).bit_length())
+    splits = max(4, group, triton.next_power_of_2(triton.cdiv(tokens, tile)))
     return Split(splits, tile, WARPS.value, 0)
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mllm.kernels.hopper import copy, new_barriers
+from mllm.kernels.hopper import copy, factor_layout, new_barriers, parts_layout
 from mllm.kernels.words import halves, pack, receive, unpack
 
 OUTPUTS = gl.constexpr(16)
@@ -29,18 +29,6 @@ TILES = gl.constexpr(2)
 """Of a stage of the ring, one after the other along the inputs: fewer barriers than with one."""
 GROUP = gl.constexpr(4)
 """Tiles that are multiplied between two barriers."""
-
-
-@gluon.constexpr_function
-def _product():
-    """How the warps hold a product [WARPS OUTPUTS COLUMNS], each that of its own inputs."""
-    return gl.NVMMADistributedLayout([2, 0], [WARPS.value, 1, 1], [1, 16, 8])
-
-
-@gluon.constexpr_function
-def _factor(index):
-    """How they hold a factor: the weight [WARPS OUTPUTS INPUTS], or x [WARPS INPUTS COLUMNS]."""
-    return gl.DotOperandLayout(index, _product(), 2)
 
 
 @gluon.constexpr_function
@@ -145,7 +133,7 @@ def put(pieces):
     follows each store."""
     COUNT: gl.constexpr = len(pieces)
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    xs = gl.allocate_shared_memory(gl.int32, [(COUNT + 3) // GROUP, GROUP * WARPS, INPUTS // 2], shared)
+    xs = gl.allocate_shared_memory(gl.int32, [(COUNT + GROUP - 1) // GROUP, GROUP * WARPS, INPUTS // 2], shared)
     for i in gl.static_range(0, COUNT // GROUP * GROUP, GROUP):
         four = gl.join(gl.join(pieces[i], pieces[i + 2]), gl.join(pieces[i + 1], pieces[i + 3]))
         four = gl.reshape(gl.permute(four, [2, 3, 0, 1]), [GROUP * WARPS, INPUTS // 2])
@@ -193,7 +181,7 @@ def factors(xs, first: gl.constexpr, count: gl.constexpr, dtype: gl.constexpr):
         low, high = halves(pairs, dtype)
         x = gl.reshape(gl.join(low, high), [WARPS, 4, INPUTS // 8, 2])
         x = gl.reshape(gl.permute(x, [0, 2, 1, 3]), [WARPS, INPUTS])
-        x = gl.convert_layout(x, gl.SliceLayout(2, _factor(1)), assert_trivial=True)
+        x = gl.convert_layout(x, gl.SliceLayout(2, factor_layout(1, WARPS, 2)), assert_trivial=True)
         pieces += (x[:, :, None].broadcast_to(WARPS, INPUTS, COLUMNS),)  # type: ignore[assignment]
     return pieces
 
@@ -212,20 +200,20 @@ def _multiply(acc, ring, pieces, step):
     for i in gl.static_range(COUNT):
         stage = tiles.index((step + i // TILES) % STAGES)
         w = stage.slice(i % TILES * WARPS * OUTPUTS, WARPS * OUTPUTS).load(_flat())
-        w = gl.convert_layout(gl.reshape(w, [WARPS, OUTPUTS, INPUTS]), _factor(0), assert_trivial=True)
+        w = gl.convert_layout(gl.reshape(w, [WARPS, OUTPUTS, INPUTS]), factor_layout(0, WARPS, 2), assert_trivial=True)
         ws += (w,)  # type: ignore[assignment]
     for i in gl.static_range(TURNS):
         mbarrier.arrive(free.index((step + i) % STAGES))
     total = mma_v2(ws[0], pieces[0], acc)  # type: ignore[misc]
     for i in gl.static_range(1, COUNT):  # apart, so that none waits for another
-        total += mma_v2(ws[i], pieces[i], gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, _product()))
+        total += mma_v2(ws[i], pieces[i], gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, parts_layout(WARPS)))
     return total, step + TURNS
 
 
 @gluon.jit
 def dot(ring, pieces, step):
     """The next outputs of the ring times x in factors, in the warps' parts [WARPS OUTPUTS COLUMNS]."""
-    acc = gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, _product())
+    acc = gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, parts_layout(WARPS))
     for i in gl.static_range(0, len(pieces), GROUP):
         acc, step = _multiply(acc, ring, pieces[i : i + GROUP], step)
     return acc, step
@@ -235,7 +223,7 @@ def dot(ring, pieces, step):
 def dot_long(ring, xs, step, K: gl.constexpr, dtype: gl.constexpr):
     """The same of x [K] in shared memory, since registers may not have room for all of it."""
     COUNT: gl.constexpr = K // WIDTH
-    acc = gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, _product())
+    acc = gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, parts_layout(WARPS))
     for i in gl.static_range(0, COUNT, GROUP):
         acc, step = _multiply(acc, ring, factors(xs, i, min(GROUP, COUNT - i), dtype), step)
     return acc, step
