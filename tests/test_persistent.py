@@ -41,19 +41,19 @@ def config_of(shape: tuple[int, ...]) -> Config:
     return attrs.evolve(families.preset("qwen3-0.6b"), text=text)
 
 
-def step(model: mllm.Model, context: int, listed: int) -> tuple[KVPool, ForwardBatch]:
+def step(model: mllm.Model, context: int, listed: int, page: int = PAGE) -> tuple[KVPool, ForwardBatch]:
     """A pool whose free slots are not finite, and a row with `context` tokens in it that is to get one more."""
-    table = RequestTable.empty(rows=1, pages=listed, page_size=PAGE)
+    table = RequestTable.empty(rows=1, pages=listed, page_size=page)
     table, held = stages.admit(table, [context + 1])
     table = stages.commit(table, held, [context])
-    pool = KVPool.empty(model.config.text, pages=listed, page_size=PAGE, device="cuda", dtype=model.dtype)
+    pool = KVPool.empty(model.config.text, pages=listed, page_size=page, device="cuda", dtype=model.dtype)
     pool.keys.fill_(torch.nan)
     pool.values.fill_(torch.nan)
     generator = torch.Generator("cuda").manual_seed(context)
-    for page in range(-(-context // PAGE)):
-        filled = min(PAGE, context - page * PAGE)
+    for i in range(-(-context // page)):
+        filled = min(page, context - i * page)
         for kept in (pool.keys, pool.values):
-            kept[:, int(table.pages[0, page]), :filled].normal_(generator=generator)
+            kept[:, int(table.pages[0, i]), :filled].normal_(generator=generator)
     return pool, decode_batch(table, held, [0], [7], size=1, listed=listed, device="cuda")
 
 
@@ -64,20 +64,22 @@ def model(request: pytest.FixtureRequest, hopper: None) -> mllm.Model:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    ("context", "listed"),
-    [(0, 1), (1, 4), (63, 4), (64, 4), (255, 4), (300, 8), (1023, 16), (1, 32), (1024, 32), (1500, 32), (2047, 32)],
-)
-def test_a_step_is_as_near_as_the_reference(model: mllm.Model, context: int, listed: int) -> None:
-    pool, batch = step(model, context, listed)
+    ("context", "listed", "page"),
+    [(0, 1, 64), (1, 4, 64), (63, 4, 64), (64, 4, 64), (255, 4, 64), (300, 8, 64), (1023, 16, 64), (1, 32, 64),
+     (1024, 32, 64), (1500, 32, 64), (2047, 32, 64), (2048, 64, 64), (2097, 64, 64), (4095, 64, 64), (7000, 128, 64),
+     (100, 512, 64), (30000, 512, 64), (500, 32, 16), (1999, 128, 16), (2500, 64, 48)],
+)  # fmt: skip
+def test_a_step_is_as_near_as_the_reference(model: mllm.Model, context: int, listed: int, page: int) -> None:
+    pool, batch = step(model, context, listed, page)
     ops = model.step_ops(1)
-    plan = ops.plan(batch, config=model.config.text, page_size=PAGE, dtype=model.dtype)
+    plan = ops.plan(batch, config=model.config.text, page_size=page, dtype=model.dtype)
     assert plan.exchange is not None
     settings = {"config": model.config}
     exact, want = stages.decode(single(model.weights), single(pool), batch, ops=REFERENCE, **settings)
     _, near = stages.decode(model.weights, clone(pool), batch, ops=REFERENCE, **settings)
     own, got = stages.decode(model.weights, clone(pool), batch, ops=ops, **settings)
     assert error(got, want) < 1.2 * error(near, want) + 1e-3
-    slot = divmod(int(batch.slots[0]), PAGE)
+    slot = divmod(int(batch.slots[0]), page)
     for ours, theirs in zip(leaves(own), leaves(exact), strict=True):
         assert error(ours[:, slot[0], slot[1]], theirs[:, slot[0], slot[1]]) < 2e-2
     for ours, before in zip(leaves(own), leaves(pool), strict=True):
@@ -134,13 +136,14 @@ def test_what_fits_the_chip(name: str) -> None:
     from mllm.kernels import persistent
 
     config = families.preset(name).text
-    assert all(persistent.fits(config, tokens, torch.bfloat16, 132) for tokens in (64, 1024, 1088, 2048))
-    assert not persistent.fits(config, 2112, torch.bfloat16, 132)
-    assert not persistent.fits(config, 2048, torch.float16, 132)
-    assert not persistent.fits(config, 2048, torch.bfloat16, 114)
+    assert all(persistent.fits(config, tokens, 16, torch.bfloat16, 132) for tokens in (64, 1024, 1088, 2048, 32768))
+    assert not persistent.fits(config, 65536, 64, torch.bfloat16, 132)
+    assert not persistent.fits(config, 2048, 8, torch.bfloat16, 132)
+    assert not persistent.fits(config, 2048, 64, torch.float16, 132)
+    assert not persistent.fits(config, 2048, 64, torch.bfloat16, 114)
     for changes in (
         {"num_key_value_heads": 6, "num_attention_heads": 30},
         {"intermediate_size": 6000},
         {"head_dim": 96},
     ):
-        assert not persistent.fits(attrs.evolve(config, **changes), 64, torch.bfloat16, 132)
+        assert not persistent.fits(attrs.evolve(config, **changes), 64, 64, torch.bfloat16, 132)

@@ -27,7 +27,7 @@ MASKED = gl.constexpr(-1e30)
 
 
 @gluon.constexpr_function
-def _product(warps):
+def product(warps):
     """How the warps hold a product [ROWS n]: each some columns."""
     return gl.NVMMADistributedLayout([2, 0], [1, warps], [16, 8])
 
@@ -38,21 +38,9 @@ def _row_major(rank):
 
 
 @gluon.constexpr_function
-def _factor_of_16_bits():
+def factor_of_16_bits():
     """A layout in shared memory from which tensor cores' factors are read without conflicts."""
     return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-
-
-@gluon.constexpr_function
-def _key_layout(warps):
-    """How the warps hold keys [D TILE]: as a factor."""
-    return gl.DotOperandLayout(1, _product(warps), 8)
-
-
-@gluon.constexpr_function
-def _value_layout(D, warps):
-    """How they hold values [TILE D]: as they lie; what makes a factor of them is shared memory."""
-    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -101,25 +89,46 @@ def _powers(score, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _weighed(powers, tops, newest, first, WARPS: gl.constexpr):
-    """Of all warps' powers and highest scores and the newest token's score [ROWS], which is the first split's, in shared
-    memory: (the tokens' shares [ROWS TILE] as a factor; the newest's [QUERIES]; their sum, by which both are yet to be
-    divided; the highest score)."""
+def _whole(x):
+    """x [QUERIES n] with zeros below it: what `_half` left out."""
+    both = gl.permute(gl.join(x, gl.zeros_like(x)), [2, 0, 1])
+    return gl.convert_layout(gl.reshape(both, [ROWS, x.shape[1]]), product(gl.num_warps()), assert_trivial=True)
+
+
+@gluon.jit
+def spread(score, there, dtype: gl.constexpr):
+    """Scores [ROWS TILE] of the tokens that are there [TILE], put into shared memory for all warps: (powers [QUERIES TILE],
+    the highest scores [QUERIES WARPS])."""
+    powers, top = _powers(_half(gl.where(there[None, :], score, MASKED)), gl.num_warps())
+    ps = gl.allocate_shared_memory(dtype, powers.shape, factor_of_16_bits(), powers.to(dtype))
+    return ps, gl.allocate_shared_memory(gl.float32, top.shape, _row_major(2), top)
+
+
+@gluon.jit
+def fold(state, powers, tops, values):
+    """A state with the tokens of a tile in it, whose scores are `spread`; values [TILE n]: factors, with some columns each.
+
+    A state: the sums of values by their shares [QUERIES n], of the shares [QUERIES], and the highest score.
+    """
+    sums, total, most = state
+    WARPS: gl.constexpr = gl.num_warps()
     TILE: gl.constexpr = powers.shape[1]
-    layout: gl.constexpr = gl.DotOperandLayout(0, _product(WARPS), 2)
+    layout: gl.constexpr = gl.DotOperandLayout(0, product(WARPS), 2)
     nothing = _half(gl.zeros([ROWS, TILE], powers.dtype, layout))
     p = _by_warp(powers.load(nothing.type.layout).to(gl.float32), WARPS)
     top = tops.load(gl.SliceLayout(2, gl.SliceLayout(1, p.type.layout)))
-    newest = gl.where(first, newest.slice(0, QUERIES).load(gl.SliceLayout(1, top.type.layout)), MASKED)
-    most = gl.maximum(gl.max(top, 1), newest)
-    p *= _over(gl.exp2(top - most[:, None]))
-    own = gl.exp2(newest - most)
-    total = gl.sum(gl.sum(gl.sum(p, 1), 1), 1)
-    total = gl.convert_layout(total, own.type.layout) + own
+    now = gl.maximum(gl.max(top, 1), gl.convert_layout(most, gl.SliceLayout(1, top.type.layout), assert_trivial=True))
+    p *= _over(gl.exp2(top - now[:, None]))
+    shares = gl.convert_layout(gl.sum(gl.sum(gl.sum(p, 1), 1), 1), most.type.layout)
     p = gl.convert_layout(gl.reshape(p, [QUERIES, TILE]), nothing.type.layout, assert_trivial=True)
     p = gl.join(p.to(powers.dtype), nothing)
     p = gl.convert_layout(gl.reshape(gl.permute(p, [2, 0, 1]), [ROWS, TILE]), layout, assert_trivial=True)
-    return p, own, total, most
+    now = gl.convert_layout(now, most.type.layout, assert_trivial=True)
+    kept = gl.exp2(most - now)
+    results = ()
+    for i in gl.static_range(len(sums)):
+        results += (_half(mma_v2(p, values[i], _whole(sums[i] * kept[:, None]))),)  # type: ignore[assignment]
+    return results, total * kept + shares, now
 
 
 @gluon.constexpr_function
@@ -141,29 +150,6 @@ def head_of(row, h, G: gl.constexpr, H: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def where(pages, past, chunk, split, S: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr):
-    """Of the tokens of a split, of which there may be none, as its keys are read and as its values are: (which of them there
-    are, their slots)."""
-    begin = split * chunk
-    end = gl.minimum(begin + chunk, past)
-    t = begin + gl.arange(0, TILE, gl.SliceLayout(0, _key_layout(WARPS)))
-    u = begin + gl.arange(0, TILE, gl.SliceLayout(1, _value_layout(D, WARPS)))
-    return t < end, _slots(pages, t, end, S), u < end, _slots(pages, u, end, S)
-
-
-@gluon.jit
-def ask(keys, values, places, h, K: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
-    """Keys [D TILE] and values [TILE D] of one head, zeros where there are none, on their way."""
-    some, slots, some_values, value_slots = places
-    d = gl.arange(0, D, gl.SliceLayout(1, _key_layout(WARPS)))
-    at = (slots.to(gl.int64) * K + h) * D
-    kt = gl.load(keys + at[None, :] + d[:, None], mask=some[None, :], other=0.0)
-    d = gl.arange(0, D, gl.SliceLayout(0, _value_layout(D, WARPS)))
-    at = (value_slots.to(gl.int64) * K + h) * D
-    return kt, gl.load(values + at[:, None] + d[None, :], mask=some_values[:, None], other=0.0)
-
-
-@gluon.jit
 def turns(cos, sin, D: gl.constexpr, WARPS: gl.constexpr):
     """Cosine and sine [D/2] of the newest token's place."""
     i = gl.arange(0, D // 2, gl.SliceLayout(0, heads(D, WARPS)))
@@ -180,40 +166,51 @@ def norms(q_norm, k_norm, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr)
 
 
 @gluon.jit
-def answer(
-    x, weight, rotary, keys, values, slot, kv, some, h, first, scale, eps, G: gl.constexpr, K: gl.constexpr,
-    D: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """From queries, newest key and value f32 [ROWS D]: a split's results [QUERIES D] and log2 of their softmax sums
-    [QUERIES]. `some`: which of its tokens there are. The `first` split's program counts and writes the newest token."""
-    L: gl.constexpr = _product(WARPS)
-    R: gl.constexpr = heads(D, WARPS)
-    T: gl.constexpr = keys.dtype.element_ty
-    kt, vt = kv
-    cos, sin = rotary
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, R))
+def ready(x, weight, rotary, scale, eps, G: gl.constexpr, dtype: gl.constexpr):
+    """Queries, newest key and newest value from f32 x [ROWS D], as they come from their projection: (those as they are
+    held; in shared memory; there, the newest key's scores [ROWS])."""
+    D: gl.constexpr = x.shape[1]
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, x.type.layout))
     factor = gl.rsqrt(gl.sum(x * x, 1) / D + eps)[:, None] * gl.where(row < G, scale, 1.0)[:, None]
-    y = gl.where((row == G + 1)[:, None], x, _rotated(x * weight, cos, sin, D) * factor).to(T)
-    ys = gl.allocate_shared_memory(T, [ROWS, D], _row_major(2), y)
-    score = mma_v2(ys.load(gl.DotOperandLayout(0, L, 8)), kt, gl.zeros([ROWS, kt.shape[1]], gl.float32, L))
-    newest = gl.sum(y.to(gl.float32) * ys.slice(G, 1).load(R).to(gl.float32), 1)
-    news = gl.allocate_shared_memory(gl.float32, [ROWS], _row_major(1), newest)
-    nothing = _half(gl.zeros([ROWS, D], T, L))
-    v = nothing + ys.slice(G + 1, 1).load(nothing.type.layout)
-    some = gl.convert_layout(some, gl.SliceLayout(0, L))
-    p, top = _powers(_half(gl.where(some[None, :], score, MASKED)), WARPS)
-    ps = gl.allocate_shared_memory(T, p.shape, _factor_of_16_bits(), p.to(T))
-    vs = gl.allocate_shared_memory(T, vt.shape, _factor_of_16_bits(), vt)  # no earlier: the chain would wait for it
-    tops = gl.allocate_shared_memory(gl.float32, [QUERIES, WARPS], _row_major(2), top)
-    p, own, total, most = _weighed(ps, tops, news, first, WARPS)
-    acc = _half(mma_v2(p, vs.load(gl.DotOperandLayout(1, L, 2)), gl.zeros([ROWS, D], gl.float32, L)))
-    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    own, total = gl.convert_layout(own, rows), gl.convert_layout(total, rows)
-    acc = (acc + own[:, None] * v.to(gl.float32)) / total[:, None]
-    at = (slot * K + h) * D + gl.arange(0, D, gl.SliceLayout(0, R))[None, :] + 0 * row[:, None]
+    turned = _rotated(x * weight, rotary[0], rotary[1], D) * factor
+    y = gl.where((row == G + 1)[:, None], x, turned).to(dtype)
+    ys = gl.allocate_shared_memory(dtype, [ROWS, D], _row_major(2), y)
+    newest = gl.sum(y.to(gl.float32) * ys.slice(G, 1).load(x.type.layout).to(gl.float32), 1)
+    return y, ys, gl.allocate_shared_memory(gl.float32, [ROWS], _row_major(1), newest)
+
+
+@gluon.jit
+def begun(ys, newest, first, G: gl.constexpr, COLUMNS: gl.constexpr):
+    """A state, for `fold`, of the newest token alone, which counts in the `first` split; its value in parts of so many
+    columns."""
+    nothing = _half(gl.zeros([ROWS, COLUMNS], gl.float32, product(gl.num_warps())))
+    one = gl.where(first, 1.0, 0.0)
+    sums = ()
+    for i in gl.static_range(ys.shape[1] // COLUMNS):
+        value = ys.slice(G + 1, 1).slice(i * COLUMNS, COLUMNS, 1).load(nothing.type.layout)
+        sums += (nothing + one * value.to(gl.float32),)  # type: ignore[assignment]
+    score = newest.slice(0, QUERIES).load(gl.SliceLayout(1, nothing.type.layout))
+    return sums, gl.zeros_like(score) + one, gl.where(first, score, MASKED)
+
+
+@gluon.jit
+def ended(state):
+    """(A split's results [QUERIES n] in parts, log2 of their softmax sums [QUERIES])."""
+    sums, total, most = state
+    results = ()
+    for i in gl.static_range(len(sums)):
+        results += (sums[i] / total[:, None],)  # type: ignore[assignment]
+    return results, most + gl.log2(total)
+
+
+@gluon.jit
+def keep(y, keys, values, slot, h, first, G: gl.constexpr, K: gl.constexpr):
+    """The newest key and value, of what is `ready`, to the pool, where this is the `first` split."""
+    D: gl.constexpr = y.shape[1]
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
+    at = (slot * K + h) * D + gl.arange(0, D, gl.SliceLayout(0, y.type.layout))[None, :] + 0 * row[:, None]
     gl.store(keys + at, y, mask=first & (row == G)[:, None])
     gl.store(values + at, y, mask=first & (row == G + 1)[:, None])
-    return acc, gl.convert_layout(most, rows) + gl.log2(total)
 
 
 @gluon.jit
@@ -224,13 +221,23 @@ def attend_one_kernel(
     """The parts `out` [SPLITS H*D] and `sums` [SPLITS H] of an `Unmerged` from qkv [(H + 2K)*D]; writes the new keys and
     values [P S K D] at `slots`."""
     G: gl.constexpr = H // K
+    T: gl.constexpr = keys.dtype.element_ty
+    WARPS: gl.constexpr = gl.num_warps()
+    L: gl.constexpr = product(WARPS)
     h = gl.program_id(0)
     split = gl.program_id(1)
     launch_dependents(PDL)
-    WARPS: gl.constexpr = gl.num_warps()
     past, chunk, live = shares(gl.load(lengths), SPLITS, TILE)
-    places = where(pages, past, chunk, split, S, D, TILE, WARPS)
-    kv = ask(keys, values, places, h, K, D, WARPS)
+    begin = split * chunk
+    end = gl.minimum(begin + chunk, past)
+    factor: gl.constexpr = gl.DotOperandLayout(1, L, 8)
+    t = begin + gl.arange(0, TILE, gl.SliceLayout(0, factor))
+    at = (_slots(pages, t, end, S).to(gl.int64) * K + h) * D
+    kt = gl.load(keys + at[None, :] + gl.arange(0, D, gl.SliceLayout(1, factor))[:, None], (t < end)[None, :], 0.0)
+    lying: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    t = begin + gl.arange(0, TILE, gl.SliceLayout(1, lying))
+    at = (_slots(pages, t, end, S).to(gl.int64) * K + h) * D
+    vt = gl.load(values + at[:, None] + gl.arange(0, D, gl.SliceLayout(0, lying))[None, :], (t < end)[:, None], 0.0)
     weight = norms(q_norm, k_norm, G, D, WARPS)
     R: gl.constexpr = heads(D, WARPS)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, R))
@@ -240,11 +247,17 @@ def attend_one_kernel(
         return
     x = gl.load(at, mask=(row < G + 2)[:, None], other=0.0).to(gl.float32)
     rotary, slot = turns(cos, sin, D, WARPS), gl.load(slots)
-    y, total = answer(x, weight, rotary, keys, values, slot, kv, places[0], h, split == 0, scale, eps, G, K, D, WARPS)
+    y, ys, newest = ready(x, weight, rotary, scale, eps, G, T)
+    score = mma_v2(ys.load(gl.DotOperandLayout(0, L, 8)), kt, gl.zeros([ROWS, TILE], gl.float32, L))
+    powers, tops = spread(score, begin + gl.arange(0, TILE, gl.SliceLayout(0, L)) < end, T)
+    vs = gl.allocate_shared_memory(T, vt.shape, factor_of_16_bits(), vt)  # no earlier: the chain would wait for it
+    state = begun(ys, newest, split == 0, G, D)
+    results, total = ended(fold(state, powers, tops, (vs.load(gl.DotOperandLayout(1, L, 2)),)))
+    keep(y, keys, values, slot, h, split == 0, G, K)
     r = gl.arange(0, QUERIES, total.type.layout)
-    d = gl.arange(0, D, gl.SliceLayout(0, y.type.layout))
+    d = gl.arange(0, D, gl.SliceLayout(0, results[0].type.layout))
     at = split * H + h * G + r
-    gl.store(out + at[:, None] * D + d[None, :], y.to(keys.dtype.element_ty), mask=(r < G)[:, None])
+    gl.store(out + at[:, None] * D + d[None, :], results[0].to(T), mask=(r < G)[:, None])
     gl.store(sums + at, total, mask=r < G)
 
 

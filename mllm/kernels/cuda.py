@@ -206,7 +206,7 @@ def _decode_plan(
     if hopper and rows == 1:
         if attend_one.fits(split, heads // kv_heads, config.head_dim, tokens):
             split = split._replace(stages=0)
-        if persistent.fits(config, tokens, dtype, multiprocessors(device)):
+        if persistent.fits(config, tokens, page_size, dtype, multiprocessors(device)):
             exchange = persistent.exchange_for(config, tokens, device)
     # its zeros, as those of the exchange, come ahead of the chain of kernels, which a memset would break
     workspace = decode_plan.workspace_for(split, rows, heads, kv_heads, config.head_dim, device)

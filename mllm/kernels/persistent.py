@@ -10,6 +10,7 @@ residual stream, in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,12 +22,11 @@ from triton.experimental.gluon import language as gl
 
 from mllm.config import TextConfig
 from mllm.kernels import attend_one, ring
-from mllm.kernels.attend import shares
 from mllm.kernels.decode_plan import DecodePlan, Exchange, Split
 from mllm.kernels.flash import LOG2E
 from mllm.kernels.hopper import descriptor, multiprocessors
 from mllm.kernels.pdl import launch_dependents, options, wait
-from mllm.kernels.persistent_attend import SECTOR, attend, merge
+from mllm.kernels.persistent_attend import SECTOR, attend, fill_context, merge, place, slots_of, span_of, spans
 from mllm.kernels.ring import INPUTS, OUTPUTS, WARPS, WIDTH
 from mllm.kernels.words import pack, send, unpack
 from mllm.weights import Layer
@@ -40,6 +40,13 @@ FAR = gl.constexpr(3)
 ALONE = gl.constexpr(6)
 """The same of programs that have more of the residual stream than most, while those wait for them."""
 
+RUN = 32
+"""Tokens of a context that are copied at once, where pages are made of such."""
+SPLITS = 16
+"""Of a context, at most."""
+TOKENS = 2**15
+"""Of a row up to which this is as fast as the chain of kernels."""
+
 
 @gluon.constexpr_function
 def _more(E, programs):
@@ -49,18 +56,27 @@ def _more(E, programs):
 
 @gluon.jit
 def _produce(
-    boxes, weights, layers, C: gl.constexpr, E: gl.constexpr, A: gl.constexpr, F: gl.constexpr, V: gl.constexpr,
-    PROGRAMS: gl.constexpr,
+    boxes, weights, around, layers, C: gl.constexpr, E: gl.constexpr, A: gl.constexpr, F: gl.constexpr, V: gl.constexpr,
+    D: gl.constexpr, S: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, PROGRAMS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies, in the order in which `_consume` will ask."""
-    qkv, out, gate_up, down, head = boxes
+    qkv, out, gate_up, down, head, keys, values = boxes
+    _, pages, lengths = around
+    K: gl.constexpr = (C - A) // (2 * D)
     MORE: gl.constexpr = _more(E, PROGRAMS)
     by: gl.constexpr = PROGRAMS * OUTPUTS
     first = gl.program_id(0) * OUTPUTS
     step = 0
+    for n in range(first, C, by):
+        step = ring.fill(qkv, n, E, weights, step, NEAR)
+    wait(PDL)
+    RUN: gl.constexpr = keys.block_shape[0]
+    span = span_of(gl.load(lengths), K, SPLITS, TILE, RUN)
+    slots = slots_of(pages, span[0], span[1], S, TILE, RUN)
     for layer in range(layers):
-        for n in range(first, C, by):
-            step = ring.fill(qkv, layer * C + n, E, weights, step, NEAR)
+        row = layer * (keys.shape[0] // layers)
+        step = fill_context((keys, values), pages, slots, span, row, weights, step, FAR, K, D, S)
         for n in range(first, E, by):
             step = ring.fill(out, layer * E + n, A, weights, step, gl.where(n == first, NEAR, MORE))
         for n in range(first, F, by):
@@ -68,6 +84,9 @@ def _produce(
             step = ring.fill(gate_up, layer * 2 * F + F + n, E, weights, step, FAR)
         for n in range(first, E, by):
             step = ring.fill(down, layer * E + n, F, weights, step, gl.where(n == first, FAR, MORE))
+        following = layer + 1
+        for n in range(first, gl.where(following < layers, C, 0), by):
+            step = ring.fill(qkv, following * C + n, E, weights, step, NEAR)
     for n in range(first, V, by):
         step = ring.fill(head, n, E, weights, step, FAR)
 
@@ -157,14 +176,14 @@ def _logits(weights, pieces, scales, squares, y, step, eps, N: gl.constexpr, K: 
 @gluon.jit
 def _consume(
     weights, vectors, norms, rotary, pool, around, layers, eps, scale, C: gl.constexpr, E: gl.constexpr,
-    A: gl.constexpr, F: gl.constexpr, V: gl.constexpr, D: gl.constexpr, S: gl.constexpr, SPLITS: gl.constexpr,
-    TILE: gl.constexpr, PROGRAMS: gl.constexpr, PDL: gl.constexpr,
+    A: gl.constexpr, F: gl.constexpr, V: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr,
+    RUN: gl.constexpr, PROGRAMS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The warps that compute."""
     start, words, logits = vectors
     norm_in, q_norm, k_norm, norm_mlp, norm_out = norms
     keys, values, across = pool
-    slots, pages, lengths = around
+    slots, _, lengths = around
     T: gl.constexpr = start.dtype.element_ty
     H: gl.constexpr = A // D
     K: gl.constexpr = (C - A) // (2 * D)
@@ -176,27 +195,25 @@ def _consume(
     squares = gl.allocate_shared_memory(gl.float32, [WARPS], flat)
     stream = gl.allocate_shared_memory(gl.float32, [2 * OWN, OUTPUTS // 2], flat)
     program = gl.program_id(0)
-    h, split = program % K, program // K
+    _, split = place(K)
     # a program without a tile of a product must not ask for what goes into it: others would not know when it has read that
     projects, adds, gates = program * OUTPUTS < C, program * OUTPUTS < E, program * OUTPUTS < F
     step = 0
     wait(PDL)
     _started(start, stream, E, T)
     rotary, slot = attend_one.turns(rotary[0], rotary[1], D, WARPS), gl.load(slots)
-    past, chunk, live = shares(gl.load(lengths), SPLITS, TILE)
-    places = attend_one.where(pages, past, chunk, split, S, D, TILE, WARPS)
+    past, chunk, live = spans(gl.load(lengths), SPLITS, TILE, RUN)
     for layer in range(layers):
         turn = layer + 1
         scales = ring.read(norm_in + layer * E, E)
         pieces = _heard(x, start, layer, projects & (layer > 0), E)
-        at = layer.to(gl.int64) * across  # type: ignore[attr-defined]
-        kv = attend_one.ask(keys + at, values + at, places, h, K, D, WARPS)
         head_norms = attend_one.norms(q_norm + layer * D, k_norm + layer * D, H // K, D, WARPS)
         step = _projected(weights, pieces, scales, squares, qkv, step, turn, eps, C, E, T)
         if split < live:
-            attend(
-                qkv, parts, sums, head_norms, rotary, keys + at, values + at, slot, kv, places[0], turn, scale, eps, H, K,
-                D, T,
+            at = layer.to(gl.int64) * across  # type: ignore[attr-defined]
+            step = attend(
+                weights, step, qkv, parts, sums, head_norms, rotary, (keys + at, values + at), slot, past, chunk, turn,
+                scale, eps, H, K, D, TILE, T,
             )  # fmt: skip
         if split < SPLITS:
             merge(parts, sums, heads, live, turn, H, K, D, SPLITS, T)
@@ -214,52 +231,53 @@ def _consume(
 
 @gluon.jit
 def persistent_kernel(
-    qkv, out, gate_up, down, head, vectors, norms, rotary, pool, around, layers, eps, scale, C: gl.constexpr,
-    E: gl.constexpr, A: gl.constexpr, F: gl.constexpr, V: gl.constexpr, D: gl.constexpr, S: gl.constexpr,
-    SPLITS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, PDL: gl.constexpr,
+    qkv, out, gate_up, down, head, key_box, value_box, vectors, norms, rotary, pool, around, layers, eps, scale,
+    C: gl.constexpr, E: gl.constexpr, A: gl.constexpr, F: gl.constexpr, V: gl.constexpr, D: gl.constexpr,
+    S: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
-    """Weights by descriptors of [L*n K]; vectors: (x [E], words that are all 0, logits f32 [V]); norms: norm_in, q_norm,
-    k_norm, norm_mlp [L n] and that before the head; rotary: cos, sin [D/2]; pool: keys, values [L P S K D] and how far apart
-    its layers are; around: slots, pages, lengths of the batch.
+    """Weights by descriptors of [L*n K], keys and values by those of [L*P*S K*D]; vectors: (x [E], words that are all 0,
+    logits f32 [V]); norms: norm_in, q_norm, k_norm, norm_mlp [L n] and that before the head; rotary: cos, sin [D/2];
+    pool: keys, values [L P S K D] and how far apart its layers are; around: slots, pages, lengths of the batch.
 
     All PROGRAMS must be on the chip at once, as they wait for each other.
     """
     launch_dependents(PDL)
     weights = ring.new_ring(qkv, STAGES)
-    boxes = qkv, out, gate_up, down, head  # which a launch does not take as a tuple
+    boxes = qkv, out, gate_up, down, head, key_box, value_box  # which a launch does not take as a tuple
     gl.warp_specialize([
-        (_consume, (weights, vectors, norms, rotary, pool, around, layers, eps, scale, C, E, A, F, V, D, S, SPLITS, TILE,
-                    PROGRAMS, PDL)),
-        (_produce, (boxes, weights, layers, C, E, A, F, V, PROGRAMS)),
-    ], [1], [24])  # fmt: skip
+        (_consume, (weights, vectors, norms, rotary, pool, around, layers, eps, scale, C, E, A, F, V, D, SPLITS, TILE,
+                    key_box.block_shape[0], PROGRAMS, PDL)),
+        (_produce, (boxes, weights, around, layers, C, E, A, F, V, D, S, SPLITS, TILE, PROGRAMS, PDL)),
+    ], [1], [40])  # fmt: skip
 
 
 def exchange_for(config: TextConfig, tokens: int, device: torch.device) -> Exchange:
     """For a row of at most so many tokens."""
     size = config.sizes
-    split = split_for(tokens, size["H"] // size["K"])
+    split = split_for(tokens, size["H"], size["K"])
     vectors = 2 * size["E"] + size["A"] + size["F"] + size["C"]
     count = vectors // 2 + split.splits * (size["A"] // 2 + SECTOR.value * size["H"])
     return Exchange(words=torch.zeros(count, dtype=torch.int64, device=device), split=split)
 
 
-def split_for(tokens: int, group: int) -> Split:
-    """How a context of at most so many tokens is shared out, for heads in such groups; what was fastest on an H200."""
+def split_for(tokens: int, heads: int, kv_heads: int) -> Split:
+    """How a context of at most so many tokens is shared out; what was fastest on an H200."""
     tile = 64 if tokens <= 512 else 128
-    splits = max(4, group, triton.next_power_of_2(triton.cdiv(tokens, tile)))
-    return Split(splits, tile, WARPS.value, 0)
+    splits = max(4, heads // kv_heads, triton.next_power_of_2(triton.cdiv(tokens, tile)))
+    return Split(min(splits, SPLITS), tile, WARPS.value, 0)
 
 
-def fits(config: TextConfig, tokens: int, dtype: torch.dtype, programs: int) -> bool:
+def fits(config: TextConfig, tokens: int, page_size: int, dtype: torch.dtype, programs: int) -> bool:
     """Whether the kernel takes a decoder, and rows of at most so many tokens, on a chip with so many multiprocessors."""
     size = config.sizes
-    group = size["H"] // size["K"]
-    split = split_for(tokens, group)
+    split = split_for(tokens, size["H"], size["K"])
     return (
         dtype == torch.bfloat16
         and size["D"] in (64, 128)
-        and group in (1, 2, 4, 8)
-        and tokens <= 2048
+        and size["H"] // size["K"] in (1, 2, 4, 8)
+        and tokens <= TOKENS
+        and page_size % OUTPUTS.value == 0
         and size["K"] * split.splits <= programs
         and all(size[name] % WIDTH.value == 0 for name in "EAF")
         and all(size[name] % OUTPUTS.value == 0 for name in "CV")
@@ -307,9 +325,12 @@ def logits(
     layers, columns, width = stacks.qkv.shape
     y = x.new_empty(1, len(head), dtype=torch.float32)
     matrices = stacks.qkv, stacks.out, stacks.gate_up, stacks.down, head
+    weights = (descriptor(w.flatten(0, -2), OUTPUTS.value, INPUTS.value) for w in matrices)
+    run = math.gcd(page_size, RUN)
+    pool = (descriptor(held.flatten(3).flatten(0, 2), run, INPUTS.value) for held in (keys, values))
     programs = multiprocessors(x.device)
     persistent_kernel[(programs,)](
-        *(descriptor(w.flatten(0, -2), OUTPUTS.value, INPUTS.value) for w in matrices), (x, exchange.words, y),
+        *weights, *pool, (x, exchange.words, y),
         (stacks.norm_in, stacks.q_norm, stacks.k_norm, stacks.norm_mlp, norm), (plan.cos, plan.sin),
         (keys, values, keys.stride(0)), (plan.slots, plan.pages, plan.lengths), layers, eps, size**-0.5 * LOG2E,
         C=columns, E=width, A=stacks.out.shape[2], F=stacks.down.shape[2], V=len(head), D=size, S=page_size,

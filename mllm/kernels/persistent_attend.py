@@ -8,24 +8,176 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mllm.kernels import attend_one
 from mllm.kernels.attend_one import QUERIES, ROWS
-from mllm.kernels.ring import WARPS
+from mllm.kernels.hopper import copy
+from mllm.kernels.ring import INPUTS, OUTPUTS, TILES, WARPS, hold_back
 from mllm.kernels.words import pack, receive, send, unpack
 
 SECTOR = gl.constexpr(4)
 """Words in 32 bytes."""
+HEIGHT = gl.constexpr((WARPS * OUTPUTS).value)
+"""Rows of a tile of the ring."""
+
+
+@gluon.jit
+def place(K: gl.constexpr):
+    """Of this program: (key/value head, split of its context). Those that have most of the weights get the last splits."""
+    at = gl.num_programs(0) - 1 - gl.program_id(0)
+    return at % K, at // K
+
+
+@gluon.jit
+def spans(length, SPLITS: gl.constexpr, TILE: gl.constexpr, RUN: gl.constexpr):
+    """(tokens of a row that are in the pool, tokens of a split, splits that have work: the first always has)."""
+    past = gl.maximum(length - 1, 0)  # the newest is sent
+    chunk = gl.maximum(gl.cdiv(gl.cdiv(past, SPLITS), RUN) * RUN, TILE)
+    return past, chunk, gl.maximum(gl.cdiv(past, chunk), 1)
+
+
+@gluon.jit
+def span_of(length, K: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, RUN: gl.constexpr):
+    """Of this program's split: its first token, that after its last, and where its tiles end, of which each split that has
+    work has one at least."""
+    _, split = place(K)
+    past, chunk, live = spans(length, SPLITS, TILE, RUN)
+    begin = split * chunk
+    end = gl.minimum(begin + chunk, past)
+    return begin, end, gl.where(split < live, gl.maximum(end, begin + 1), begin)
+
+
+@gluon.constexpr_function
+def _stages(D, tile):
+    """Of the ring, for a tile of keys and values: parts of INPUTS columns, one after the other, keys first."""
+    return -(-2 * D * tile // (INPUTS * TILES * HEIGHT).value)
+
+
+@gluon.jit
+def _fill_parts(boxes, column, slots, row, count, bar, to, FIRST: gl.constexpr, D: gl.constexpr):
+    """The parts from the FIRST on that a tile of the ring has room for."""
+    RUN: gl.constexpr = boxes[0].block_shape[0]
+    COUNT: gl.constexpr = len(slots)
+    LAST: gl.constexpr = max(FIRST, min(FIRST + HEIGHT // (COUNT * RUN), 2 * D // INPUTS))
+    for i in gl.static_range(COUNT + 1):
+        mbarrier.expect(bar, (LAST - FIRST) * i * RUN * INPUTS * 2, pred=count == i)
+    for part in gl.static_range(FIRST, LAST):
+        for i in gl.static_range(COUNT):
+            there = to.slice(((part - FIRST) * COUNT + i) * RUN, RUN)
+            copy(boxes[part * INPUTS // D], [row + slots[i], column + part * INPUTS % D], bar, there, pred=i < count)
+
+
+@gluon.jit
+def _fill_tile(boxes, column, slots, row, count, ring, step, ahead, D: gl.constexpr):
+    """The next stages of the ring, with keys and values of one head, in runs of tokens that begin at the `slots`; the
+    first `count` of those are copied."""
+    tiles, full, free = ring
+    STAGES: gl.constexpr = tiles.shape[0]
+    TILE: gl.constexpr = len(slots) * boxes[0].block_shape[0]
+    for stage in gl.static_range(_stages(D, TILE)):
+        slot = step % STAGES
+        mbarrier.wait(free.index(slot), (step // STAGES) & 1 ^ 1)
+        for i in gl.static_range(TILES):
+            hold_back(full, TILES * step + i - ahead)
+            bar, to = full.index(slot * TILES + i), tiles.index(slot).slice(i * HEIGHT, HEIGHT)
+            _fill_parts(boxes, column, slots, row, count, bar, to, (stage * TILES + i) * (HEIGHT // TILE), D)
+        step += 1
+    return step
+
+
+@gluon.jit
+def slots_of(pages, first, end, S: gl.constexpr, TILE: gl.constexpr, RUN: gl.constexpr):
+    """Where the runs of tokens from `first` on begin in the pool."""
+    slots = ()
+    for i in gl.static_range(TILE // RUN):
+        t = first + i * RUN
+        slots += (gl.load(pages + t // S, mask=t < end, other=0) * S + t % S,)  # type: ignore[assignment]
+    return slots
+
+
+@gluon.jit
+def fill_context(boxes, pages, slots, span, row, ring, step, ahead, K: gl.constexpr, D: gl.constexpr, S: gl.constexpr):
+    """The keys and values of this program's `span` of a context, in a layer whose slots begin at a `row`. The `slots` of
+    the first tile are known, as whoever reads memory waits behind all that has been asked for."""
+    h, _ = place(K)
+    begin, end, stop = span
+    RUN: gl.constexpr = boxes[0].block_shape[0]
+    TILE: gl.constexpr = len(slots) * RUN
+    for first in range(begin, stop, TILE):
+        following = slots_of(pages, first + TILE, end, S, TILE, RUN)
+        count = gl.minimum(gl.cdiv(end - first, RUN), len(slots))
+        step = _fill_tile(boxes, h * D, slots, row, count, ring, step, ahead, D)
+        slots = following
+    return step
+
+
+@gluon.jit
+def _held(ring, step, count, D: gl.constexpr, TILE: gl.constexpr):
+    """The ring's next tile as factors, of INPUTS columns each: (keys, values), and zeros for values that are not there, as
+    the ring holds anything then. It is out of the ring before it is wanted, for weights to take its place."""
+    tiles, full, free = ring
+    STAGES: gl.constexpr = tiles.shape[0]
+    PARTS: gl.constexpr = D // INPUTS
+    factor: gl.constexpr = gl.DotOperandLayout(1, attend_one.product(WARPS), 2)
+    for i in gl.static_range((2 * PARTS * TILE + HEIGHT - 1) // HEIGHT):
+        turn = step + i // TILES
+        mbarrier.wait(full.index(turn % STAGES * TILES + i % TILES), turn // STAGES & 1)
+    keys, values = (), ()
+    there = (gl.arange(0, TILE, gl.SliceLayout(1, factor)) < count)[:, None]
+    for i in gl.static_range(2 * PARTS):
+        stage = tiles.index((step + i * TILE // (TILES * HEIGHT)) % STAGES)
+        part = stage.slice(i * TILE % (TILES * HEIGHT), TILE)
+        if i < PARTS:
+            keys += (part.permute((1, 0)).load(factor),)  # type: ignore[assignment]
+        else:
+            values += (gl.where(there, part.load(factor), 0.0),)  # type: ignore[assignment]
+    for i in gl.static_range(_stages(D, TILE)):
+        mbarrier.arrive(free.index((step + i) % STAGES))
+    return (keys, values), step + _stages(D, TILE)
+
+
+@gluon.jit
+def _with_tile(state, ys, kv, count, TILE: gl.constexpr):
+    """A state with a tile in it, of which so many tokens are there."""
+    keys, values = kv
+    L: gl.constexpr = attend_one.product(WARPS)
+    score = gl.zeros([ROWS, TILE], gl.float32, L)
+    for i in gl.static_range(len(keys)):
+        queries = ys.slice(i * INPUTS, INPUTS, 1).load(gl.DotOperandLayout(0, L, 2))
+        score = mma_v2(queries, keys[i], score)
+    there = gl.arange(0, TILE, gl.SliceLayout(0, L)) < count
+    powers, tops = attend_one.spread(score, there, ys.dtype)
+    return attend_one.fold(state, powers, tops, values)
+
+
+@gluon.jit
+def _pairs(x, dtype: gl.constexpr):
+    """x [QUERIES n] in pairs of 16 bits [QUERIES n/2]."""
+    low, high = gl.split(gl.reshape(x, [QUERIES, x.shape[1] // 2, 2]))
+    return pack(low, high, dtype)
+
+
+@gluon.jit
+def _send_rows(words, apart: gl.constexpr, x, turn, G: gl.constexpr):
+    """The first G rows of x [QUERIES n], to words so far apart."""
+    row = gl.arange(0, QUERIES, gl.SliceLayout(1, x.type.layout))[:, None]
+    i = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))[None, :]
+    send(words + row * apart + i, x, turn, (row < G) & (i >= 0))
 
 
 @gluon.jit
 def attend(
-    qkv, parts, sums, norms, rotary, keys, values, slot, kv, some, turn, scale, eps, H: gl.constexpr, K: gl.constexpr,
-    D: gl.constexpr, T: gl.constexpr,
+    ring, step, qkv, parts, sums, norms, rotary, pool, slot, past, chunk, turn, scale, eps, H: gl.constexpr,
+    K: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """A program's split of a head's context, of queries, key and value that are sent; its results are sent in turn."""
+    """A program's split of a head's context, of queries, key and value that are sent and of what `fill_context` copies; its
+    results are sent in turn."""
     G: gl.constexpr = H // K
-    h, split = gl.program_id(0) % K, gl.program_id(0) // K
+    h, split = place(K)
+    count = gl.minimum(chunk, past - split * chunk)
+    kv, step = _held(ring, step, count, D, TILE)
     P: gl.constexpr = attend_one.pairs(D, WARPS)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, P))[:, None]
     d = gl.arange(0, D // 2, gl.SliceLayout(0, P))[None, :]
@@ -34,18 +186,20 @@ def attend(
     low, high = unpack(pairs, T)
     x = gl.reshape(gl.join(low, high), [ROWS, D])
     x = gl.convert_layout(x, attend_one.heads(D, WARPS), assert_trivial=True)
-    y, total = attend_one.answer(
-        x, norms, rotary, keys, values, slot, kv, some, h, split == 0, scale, eps, G, K, D, WARPS
-    )
-    low, high = gl.split(gl.reshape(y, [QUERIES, D // 2, 2]))
-    L: gl.constexpr = low.type.layout
-    row = gl.arange(0, QUERIES, gl.SliceLayout(1, L))[:, None]
-    d = gl.arange(0, D // 2, gl.SliceLayout(0, L))[None, :]
-    to = split * H + h * G + row
-    send(parts + to * (D // 2) + d, pack(low, high, T), turn, (row < G) & (d >= 0))
-    total = gl.convert_layout(total, gl.SliceLayout(1, L)).to(gl.int32, bitcast=True)[:, None]
-    i = gl.arange(0, SECTOR, gl.SliceLayout(0, L))[None, :]
-    send(sums + to * SECTOR + i, total, turn, (row < G) & (i >= 0))
+    y, ys, newest = attend_one.ready(x, norms, rotary, scale, eps, G, T)
+    state = _with_tile(attend_one.begun(ys, newest, split == 0, G, INPUTS), ys, kv, count, TILE)
+    for done in range(TILE, count, TILE):
+        kv, step = _held(ring, step, count - done, D, TILE)
+        state = _with_tile(state, ys, kv, count - done, TILE)
+    results, total = attend_one.ended(state)
+    to = split * H + h * G
+    for i in gl.static_range(len(results)):
+        _send_rows(parts + to * (D // 2) + i * (INPUTS // 2), D // 2, _pairs(results[i], T), turn, G)
+    L: gl.constexpr = results[0].type.layout
+    same = gl.zeros([QUERIES, SECTOR], gl.int32, L) + total.to(gl.int32, bitcast=True)[:, None]
+    _send_rows(sums + to * SECTOR, SECTOR, same, turn, G)
+    attend_one.keep(y, pool[0], pool[1], slot, h, split == 0, G, K)
+    return step
 
 
 @gluon.jit
@@ -55,7 +209,8 @@ def merge(
     """A program's share of a group of heads, of what all splits send; sent to `y`."""
     SHARE: gl.constexpr = H // K * D // 2 // SPLITS
     L: gl.constexpr = gl.BlockedLayout([1, 1], [SPLITS, 32 // SPLITS], [1, WARPS], [1, 0])
-    first = (gl.program_id(0) % K * SPLITS + gl.program_id(0) // K) * SHARE
+    h, share = place(K)
+    first = (h * SPLITS + share) * SHARE
     s = gl.arange(0, SPLITS, gl.SliceLayout(1, L))[:, None]
     i = gl.arange(0, SHARE, gl.SliceLayout(0, L))[None, :]
     there = (s < live) & (i >= 0)

@@ -74,6 +74,14 @@ def new_ring(box, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def hold_back(full, before):
+    """Until a tile that was asked for some tiles before is there."""
+    COUNT: gl.constexpr = full.shape[0]
+    if before >= 0:
+        mbarrier.wait(full.index(before % COUNT), before // COUNT & 1)
+
+
+@gluon.jit
 def fill(box, row, K: gl.constexpr, ring, step, ahead):
     """OUTPUTS rows of a weight [n K], to the ring. `ahead`: tiles that are on their way at a time. The more there are, the
     longer everything else takes that multiprocessors have to read."""
@@ -83,9 +91,7 @@ def fill(box, row, K: gl.constexpr, ring, step, ahead):
         stage = step % STAGES
         mbarrier.wait(free.index(stage), (step // STAGES) & 1 ^ 1)
         for i in gl.static_range(TILES):
-            before = TILES * step + i - ahead
-            if before >= 0:
-                mbarrier.wait(full.index(before % (STAGES * TILES)), before // (STAGES * TILES) & 1)
+            hold_back(full, TILES * step + i - ahead)
             bar = full.index(stage * TILES + i)
             if k + i * WIDTH < K:
                 mbarrier.expect(bar, OUTPUTS * WIDTH * 2)
