@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import attrs
 import torch
@@ -31,6 +31,34 @@ class Layer(State):
     norm_mlp: Tensor = tensor("E")
     gate_up: Tensor = tensor("G E")
     down: Tensor = tensor("E F")
+
+
+class Stacks(NamedTuple):
+    """The weights of all layers, by the names of `Layer`: each [L ...]."""
+
+    norm_in: Tensor
+    qkv: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+    out: Tensor
+    norm_mlp: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def stacked(layers: tuple[Layer, ...]) -> Stacks | None:
+    """The weights of all layers, where those of a name lie one after the other in memory, as `room` lays them."""
+    stacks = {}
+    for name in Stacks._fields:
+        first, *others = (getattr(layer, name) for layer in layers)
+        apart = first.nbytes
+        if not first.is_contiguous() or any(
+            w.data_ptr() != first.data_ptr() + i * apart or w.shape != first.shape for i, w in enumerate(others, 1)
+        ):
+            return None
+        shape = len(layers), *first.shape
+        stacks[name] = first.as_strided(shape, (first.numel(), *first.stride()))
+    return Stacks(**stacks)
 
 
 @state

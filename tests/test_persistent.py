@@ -116,19 +116,17 @@ def test_weights_that_lie_apart_are_taken_layer_by_layer(model: mllm.Model) -> N
 
 
 def test_layers_are_stacked_where_they_are_made() -> None:
-    from mllm.kernels import persistent
-
     config = config_of(SHAPES["groups-of-8"])
     made = weights.random(config, dtype=torch.bfloat16).text
-    stacks = persistent.stacked(made.layers)
+    stacks = weights.stacked(made.layers)
     assert stacks is not None
-    for name in persistent.Stacks._fields:
+    for name in weights.Stacks._fields:
         for i, layer in enumerate(made.layers):
             assert torch.equal(getattr(stacks, name)[i], getattr(layer, name))
-    assert persistent.stacked(made.layers[::-1]) is None
-    assert persistent.stacked(map_leaves(torch.clone, made).layers) is None
+    assert weights.stacked(made.layers[::-1]) is None
+    assert weights.stacked(map_leaves(torch.clone, made).layers) is None
     half = [replace(layer, down=layer.down[:, :512]) for layer in made.layers]
-    assert persistent.stacked(half) is None
+    assert weights.stacked(half) is None
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"])

@@ -42,7 +42,7 @@ from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.state import State, state, tensor
-from mllm.weights import TextWeights
+from mllm.weights import TextWeights, stacked
 
 FEW_ROWS = range(2, 9)
 """Rows of a decode step for which the products of `few` beat the others on Hopper; the record is in
@@ -229,7 +229,7 @@ def _persistent(
     """A whole step of one row, if plan and weights are such that one kernel can do it."""
     if plan.exchange is None:
         return None
-    stacks = persistent.stacked(weights.layers)
+    stacks = stacked(weights.layers)
     if stacks is None or not weights.head.is_contiguous():
         return None
     norm, head = weights.norm, weights.head

@@ -11,8 +11,6 @@ residual stream, in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,7 +27,7 @@ from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.kernels.persistent_attend import SECTOR, attend, fill_context, merge, place, slots_of, span_of, spans
 from mllm.kernels.ring import INPUTS, OUTPUTS, WARPS, WIDTH
 from mllm.kernels.words import pack, send, unpack
-from mllm.weights import Layer
+from mllm.weights import Stacks
 
 STAGES = 6
 """Of the ring: what shared memory has room for beside attention."""
@@ -37,7 +35,7 @@ NEAR = gl.constexpr(2)
 """Tiles that are on their way around attention, where programs wait for each other most."""
 FAR = gl.constexpr(3)
 """The same elsewhere: enough to read memory at its full rate."""
-ALONE = gl.constexpr(6)
+ALONE = gl.constexpr(9)
 """The same of programs that have more of the residual stream than most, while those wait for them."""
 
 RUN = 32
@@ -66,9 +64,9 @@ def _produce(
     K: gl.constexpr = (C - A) // (2 * D)
     MORE: gl.constexpr = _more(E, PROGRAMS)
     by: gl.constexpr = PROGRAMS * OUTPUTS
-    first = gl.program_id(0) * OUTPUTS
+    first, last = gl.program_id(0) * OUTPUTS, _last()
     step = 0
-    for n in range(first, C, by):
+    for n in range(last, C, by):
         step = ring.fill(qkv, n, E, weights, step, NEAR)
     wait(PDL)
     RUN: gl.constexpr = keys.block_shape[0]
@@ -79,23 +77,30 @@ def _produce(
         step = fill_context((keys, values), pages, slots, span, row, weights, step, FAR, K, D, S)
         for n in range(first, E, by):
             step = ring.fill(out, layer * E + n, A, weights, step, gl.where(n == first, NEAR, MORE))
-        for n in range(first, F, by):
+        for n in range(last, F, by):
             step = ring.fill(gate_up, layer * 2 * F + n, E, weights, step, FAR)
             step = ring.fill(gate_up, layer * 2 * F + F + n, E, weights, step, FAR)
         for n in range(first, E, by):
             step = ring.fill(down, layer * E + n, F, weights, step, gl.where(n == first, FAR, MORE))
         following = layer + 1
-        for n in range(first, gl.where(following < layers, C, 0), by):
+        for n in range(last, gl.where(following < layers, C, 0), by):
             step = ring.fill(qkv, following * C + n, E, weights, step, NEAR)
     for n in range(first, V, by):
         step = ring.fill(head, n, E, weights, step, FAR)
 
 
 @gluon.jit
+def _last():
+    """The first outputs of a program where tiles are dealt out from the last program on: who has more of the residual
+    stream than others then has less of what comes before it."""
+    return (gl.num_programs(0) - 1 - gl.program_id(0)) * OUTPUTS
+
+
+@gluon.jit
 def _projected(weights, pieces, scales, squares, y, step, turn, eps, N: gl.constexpr, K: gl.constexpr, T: gl.constexpr):
     """norm(x) @ w.T, sent to `y`."""
     xs = ring.factors(ring.put_scaled(pieces, scales, squares, T), 0, K // WIDTH, T)
-    for n in range(gl.program_id(0) * OUTPUTS, N, gl.num_programs(0) * OUTPUTS):
+    for n in range(_last(), N, gl.num_programs(0) * OUTPUTS):
         acc, step = ring.dot(weights, xs, step)
         even, odd = ring.total(ring.share(acc))
         root = ring.root(squares, K, eps)
@@ -107,7 +112,7 @@ def _projected(weights, pieces, scales, squares, y, step, turn, eps, N: gl.const
 def _gated(weights, pieces, scales, squares, y, step, turn, eps, N: gl.constexpr, K: gl.constexpr, T: gl.constexpr):
     """silu(gate) * up of norm(x), sent to `y`."""
     xs = ring.factors(ring.put_scaled(pieces, scales, squares, T), 0, K // WIDTH, T)
-    for n in range(gl.program_id(0) * OUTPUTS, N, gl.num_programs(0) * OUTPUTS):
+    for n in range(_last(), N, gl.num_programs(0) * OUTPUTS):
         gate, step = ring.dot(weights, xs, step)
         up, step = ring.dot(weights, xs, step)
         gates, ups = ring.share(gate), ring.share(up)
@@ -197,7 +202,7 @@ def _consume(
     program = gl.program_id(0)
     _, split = place(K)
     # a program without a tile of a product must not ask for what goes into it: others would not know when it has read that
-    projects, adds, gates = program * OUTPUTS < C, program * OUTPUTS < E, program * OUTPUTS < F
+    projects, adds, gates = _last() < C, program * OUTPUTS < E, _last() < F
     step = 0
     wait(PDL)
     _started(start, stream, E, T)
@@ -285,39 +290,12 @@ def fits(config: TextConfig, tokens: int, page_size: int, dtype: torch.dtype, pr
     )
 
 
-class Stacks(NamedTuple):
-    """The weights of all layers, as `weights.Layer` has those of one: each [L ...]."""
-
-    norm_in: Tensor
-    qkv: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
-    out: Tensor
-    norm_mlp: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-def stacked(layers: Sequence[Layer]) -> Stacks | None:
-    """The weights of all layers, if that is how they lie in memory (`weights.room`)."""
-    stacks = {}
-    for name in Stacks._fields:
-        first, *others = (getattr(layer, name) for layer in layers)
-        apart = first.nbytes
-        if not first.is_contiguous() or any(
-            w.data_ptr() != first.data_ptr() + i * apart or w.shape != first.shape for i, w in enumerate(others, 1)
-        ):
-            return None
-        shape = len(layers), *first.shape
-        stacks[name] = first.as_strided(shape, (first.numel(), *first.stride()))
-    return Stacks(**stacks)
-
-
 def logits(
     x: Tensor, stacks: Stacks, norm: Tensor, head: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan,
     exchange: Exchange, *, eps: float, pdl: bool,
 ) -> Tensor:  # fmt: skip
-    """All layers and the head for x [1 E]: logits f32 [1 V]; writes the new keys and values [L P S K D] at the plan's slots.
+    """All layers, whose weights lie in stacks, and the head for x [1 E]: logits f32 [1 V]; writes the new keys and
+    values [L P S K D] at the plan's slots.
 
     The exchange serves once: its words have to be 0.
     """

@@ -1,5 +1,6 @@
 """Attention within `persistent`: the splits of a row's context, and what they leave put together, by way of words.
 
+Keys and values take their turn among the weights in the ring, and leave it for registers while queries are still to come.
 Where the output projection of a chain of kernels reads all that the splits left, in every program, here each program first
 merges a share of one group of heads: one trip more, but hardly anything to read.
 """
