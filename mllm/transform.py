@@ -15,9 +15,10 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 from mllm.errors import CaptureError
-from mllm.state import State, Tree, alias, clone, donate, is_donated, leaves, map_leaves, signature
+from mllm.state import State, Tree, alias, check_alive, clone, donate, is_donated, leaves, map_leaves, signature
 
 Run = Callable[[], Tree]
 Recorder = Callable[[Run], tuple[Tree, Run]]
@@ -60,13 +61,14 @@ def capture(
     name = getattr(fn, "func", fn).__name__
     if unknown := sorted({*donate, *carry} - parameters.parameters.keys()):
         raise CaptureError(f"{name} has no argument {unknown}; it has {list(parameters.parameters)}")
+    bind = _binder(parameters)
     recordings: dict[Any, _Recording] = {}
     recorders = [recorder] if recorder is not None else []
 
     def captured(*args: Any, **kwargs: Any) -> Tree:
-        bound = parameters.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+        given = bind(args, kwargs)
+        if recordings and (latest := next(reversed(recordings.values()))).holds(given):
+            return latest.run(given)  # as in a loop, whose GPU waits: there is no need of a signature
         key = tuple((argument, signature(value)) for argument, value in given.items())
         recording = recordings.pop(key, None)
         if recording is not None:
@@ -86,6 +88,25 @@ def capture(
     functools.update_wrapper(captured, getattr(fn, "func", fn))
     captured.recordings = recordings  # type: ignore[attr-defined]
     return captured
+
+
+def _binder(parameters: inspect.Signature) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """Arguments by name, in order, with defaults, as `Signature.bind` has them, for a fifth of its time."""
+    known = parameters.parameters
+    plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in known.values())
+    placed = [name for name, p in known.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    defaults = {name: p.default for name, p in known.items() if p.default is not p.empty}
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(zip(placed, args, strict=False))
+        found = defaults | named | kwargs
+        if plain and len(args) == len(named) and len(found) == len(known) and named.keys().isdisjoint(kwargs):
+            return {name: found[name] for name in known} if kwargs or defaults else named
+        bound = parameters.bind(*args, **kwargs)  # which says what is wrong
+        bound.apply_defaults()
+        return bound.arguments
+
+    return bind
 
 
 class _Recording:
@@ -112,13 +133,27 @@ class _Recording:
         lent = {id(t) for v in buffers.values() for t in leaves(v)} - self.held.keys()  # overwritten by the next call
         return self._note(map_leaves(lambda t: t.clone() if id(t) in lent else t, first))
 
+    def holds(self, given: dict[str, Any]) -> bool:
+        """Whether each argument is the object that lies there, and none may have changed since. Raises `DonatedError` for
+        one that is dead."""
+        for argument, value in given.items():
+            if value is not self.present[argument] or isinstance(value, Tensor | tuple | list):
+                return False
+            if isinstance(value, State):
+                check_alive(value)
+        return True
+
     def call(self, given: dict[str, Any]) -> Tree:
-        """A later call: bring the arguments into place, replay, take them, copy the new results out."""
+        """A later call: bring the arguments into place, and run."""
         for argument in self.donated:
             self._check_in_place(argument, given[argument])
         for argument, value in given.items():
             if argument not in self.donated:
                 self._bring(argument, value)
+        return self.run(given)
+
+    def run(self, given: dict[str, Any]) -> Tree:
+        """With the arguments in place: take them, replay, copy the new results out."""
         self._take(given)
         return self._note(map_leaves(lambda t: t if id(t) in self.held else t.clone(), self.replay()))
 
@@ -147,11 +182,11 @@ class _Recording:
             _donate(given[argument], to=f"captured {self.name}")
 
     def _note(self, out: Tree) -> Tree:
-        """Note which returned object lies in the buffers of each carried argument, so that it is known again."""
+        """Note which returned object lies in the buffers of each argument that was taken, so that it is known again."""
         for part in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(part, State) and (tensors := leaves(part)):
                 argument = self.held.get(id(tensors[0]))
-                if argument in self.carried:
+                if argument is not None:
                     self.present[argument] = part
         return out
 

@@ -223,12 +223,45 @@ def test_arguments_by_name_and_by_place_are_the_same_call(recorder: Any) -> None
     pool, batch, _ = step(store(0), carry(0), torch.ones(1))
     pool, batch, _ = step(x=torch.ones(1), batch=batch, pool=pool, times=1)
     assert len(step.recordings) == 1  # type: ignore[attr-defined]
-    with pytest.raises(TypeError):
-        step(pool, batch)
+    for wrong, more in (
+        ((pool, batch), {}),
+        ((pool, batch, 1, 1, 1), {}),
+        ((pool, batch, 1), {"x": 1}),
+        ((), {"y": 1}),
+    ):
+        with pytest.raises(TypeError):
+            step(*wrong, **more)
     assert not is_donated(pool)
 
 
+def test_a_list_that_changed_is_another_argument_though_all_others_are_in_place(recorder: Any) -> None:
+    def fn(pool: Store, batch: Carry, many: list[int]) -> tuple[Store, Carry, Tensor]:
+        return bump(pool, batch, torch.full((1,), float(sum(many))))
+
+    step = captured(recorder, fn)
+    pool, batch, many = store(0), carry(0), [1]
+    for _ in range(3):
+        pool, batch, _ = step(pool, batch, many)
+        many.append(1)
+    assert len(step.recordings) == 3  # type: ignore[attr-defined]
+    assert pool.data.tolist() == [6]
+
+
 # what it refuses
+
+
+def test_a_dead_state_among_the_other_arguments_is_refused_though_it_lies_there(recorder: Any) -> None:
+    def fn(pool: Store, batch: Carry, x: Store) -> tuple[Store, Carry, Tensor]:
+        return bump(pool, batch, x.data)
+
+    step = captured(recorder, fn)
+    x = store(1)
+    pool, batch, _ = step(store(0), carry(0), x)
+    kept = donate(x, to="another stage")
+    with pytest.raises(DonatedError, match="another stage"):
+        step(pool, batch, x)
+    pool, batch, _ = step(pool, batch, kept)
+    assert pool.data.tolist() == [2]
 
 
 def usable(step: Callable[..., Any], pool: Store, batch: Carry, x: Tensor) -> None:

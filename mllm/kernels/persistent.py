@@ -42,7 +42,7 @@ RUN = 32
 """Tokens of a context that are copied at once, where pages are made of such."""
 SPLITS = 16
 """Of a context, at most."""
-TOKENS = 2**15
+TOKENS = 2**14
 """Of a row up to which this is as fast as the chain of kernels."""
 
 
