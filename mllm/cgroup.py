@@ -9,6 +9,7 @@ mllm needs knows better, so the few files are read here: each time, since a limi
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def available(root: Path = Path("/")) -> int | None:
     return min((count for count in left if count is not None), default=None)
 
 
-def folders(groups: str, mounts: str, interface: Interface) -> list[PurePosixPath]:
+@lru_cache(maxsize=8)
+def folders(groups: str, mounts: str, interface: Interface) -> tuple[PurePosixPath, ...]:
     """The folders of the groups that hold a process, by its /proc/self/cgroup and /proc/self/mountinfo: from its own
     up to where they are mounted. Only the last where the process's own cannot be seen from there."""
     lines = [line.split(":", 2) for line in groups.splitlines() if line.count(":") >= 2]
@@ -67,7 +69,7 @@ def folders(groups: str, mounts: str, interface: Interface) -> list[PurePosixPat
             if ".." in inside.parts:  # a group outside the namespace of this process
                 inside = PurePosixPath()
             found += [top / part for part in (inside, *inside.parents)]
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
 def _left(folder: Path, interface: Interface) -> int | None:

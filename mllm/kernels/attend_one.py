@@ -38,7 +38,7 @@ def _row_major(rank):
 
 
 @gluon.constexpr_function
-def factor_of_16_bits():
+def _factor_of_16_bits():
     """A layout in shared memory from which tensor cores' factors are read without conflicts."""
     return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
 
@@ -100,7 +100,7 @@ def spread(score, there, dtype: gl.constexpr):
     """Scores [ROWS TILE] of the tokens that are there [TILE], put into shared memory for all warps: (powers [QUERIES TILE],
     the highest scores [QUERIES WARPS])."""
     powers, top = _powers(_half(gl.where(there[None, :], score, MASKED)), gl.num_warps())
-    ps = gl.allocate_shared_memory(dtype, powers.shape, factor_of_16_bits(), powers.to(dtype))
+    ps = gl.allocate_shared_memory(dtype, powers.shape, _factor_of_16_bits(), powers.to(dtype))
     return ps, gl.allocate_shared_memory(gl.float32, top.shape, _row_major(2), top)
 
 
@@ -250,7 +250,7 @@ def attend_one_kernel(
     y, ys, newest = ready(x, weight, rotary, scale, eps, G, T)
     score = mma_v2(ys.load(gl.DotOperandLayout(0, L, 8)), kt, gl.zeros([ROWS, TILE], gl.float32, L))
     powers, tops = spread(score, begin + gl.arange(0, TILE, gl.SliceLayout(0, L)) < end, T)
-    vs = gl.allocate_shared_memory(T, vt.shape, factor_of_16_bits(), vt)  # no earlier: the chain would wait for it
+    vs = gl.allocate_shared_memory(T, vt.shape, _factor_of_16_bits(), vt)  # no earlier: the chain would wait for it
     state = begun(ys, newest, split == 0, G, D)
     results, total = ended(fold(state, powers, tops, (vs.load(gl.DotOperandLayout(1, L, 2)),)))
     keep(y, keys, values, slot, h, split == 0, G, K)
