@@ -156,10 +156,19 @@ def _block(a: Arguments) -> tuple[Tensor, Any]:
     return a.noise(GRID[0] * GRID[1], weights.blocks[0].qkv.shape[1]), weights.blocks[0]
 
 
+def _picture(a: Arguments, height: int, width: int) -> Tensor:
+    return torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=a.generator).to(a.model.device)
+
+
+def _resize(a: Arguments) -> OpCase:
+    height, width = (side * a.model.config.vision.patch_size for side in GRID)
+    pixels = _picture(a, height - 10, width + 20)
+    return OpCase(args=(pixels, height, width), kwargs={}, work=Work(2 * pixels.nbytes, 0))
+
+
 def _cut(a: Arguments) -> OpCase:
     config = a.model.config.vision
-    sides = [side * config.patch_size for side in GRID]
-    pixels = torch.randint(256, (*sides, 3), dtype=torch.uint8, generator=a.generator).to(a.model.device)
+    pixels = _picture(a, *(side * config.patch_size for side in GRID))
     kwargs = {"patch": config.patch_size, "merge": config.spatial_merge_size}
     return OpCase(args=(pixels,), kwargs=kwargs, work=Work(2 * pixels.nbytes, 0))
 
@@ -213,8 +222,8 @@ _TEXT: dict[str, Callable[[Arguments], OpCase]] = {
     "advance_": _advance,
 }  # fmt: skip
 _VISION: dict[str, Callable[[Arguments], OpCase]] = {
-    "cut": _cut, "patch_embed": _patch_embed, "vision_plan": _vision_plan, "layer_norm_linear": _layer_norm_linear,
-    "attend_images": _attend_images, "linear_bias_add": _linear_bias_add, "layer_norm_gelu": _layer_norm_gelu,
-    "merge": _merge,
+    "resize": _resize, "cut": _cut, "patch_embed": _patch_embed, "vision_plan": _vision_plan,
+    "layer_norm_linear": _layer_norm_linear, "attend_images": _attend_images, "linear_bias_add": _linear_bias_add,
+    "layer_norm_gelu": _layer_norm_gelu, "merge": _merge,
 }  # fmt: skip
-_EITHER = ("put_", "add_", "cut")  # what is done to prompts and pictures before anything is captured
+_EITHER = ("put_", "add_", "resize", "cut")  # what is done to prompts and pictures before anything is captured

@@ -20,6 +20,9 @@ from mllm.model import Model
 from mllm.prompts import Expanded, Prompt
 from mllm.sampling import Sampling
 
+LARGER = 4
+"""Pixels of a picture, for each that is left of it, up to which a GPU resizes it."""
+
 
 @frozen(eq=False, kw_only=True)
 class Request:
@@ -150,23 +153,27 @@ def patch_batch(
 ) -> PatchBatch:
     """The patches of some images of a request, on the model's device, padded to `size` (patches, images).
 
-    Decodes and resizes the images; their bytes are cut into patches on the device. Raises `ImageError`.
+    Decodes the images; their bytes are resized, on a GPU, and cut into patches on the device. Raises `ImageError`.
     """
     config, layout = model.images, request.layout
     if config is None:
         raise PromptError("a model that reads only text has no patches")
-    parts = [_pixels(image, config, model.device) for image in request.prompt.images[part]]
+    parts = [_pixels(model, image, config) for image in request.prompt.images[part]]
     parts = [model.ops.cut(pixels, patch=config.patch, merge=config.merge) for pixels in parts]
     at = image_indices(layout.starts[part], layout.counts[part])
     return join_patches(parts, layout.grids[part], at, config, device=model.device, size=size)
 
 
-def _pixels(image: Image, config: ImageConfig, device: torch.device) -> Tensor:
-    """The bytes of a picture at the size of its patches: uint8 [height width 3]."""
-    pixels = images.pixels(image, config)
-    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+def _pixels(model: Model, image: Image, config: ImageConfig) -> Tensor:
+    """The bytes of a picture at the size of its patches: uint8 [height width 3]. A GPU resizes it, unless it is so much
+    larger that its bytes would need more memory than the encoder."""
+    height, width = (patches * config.patch for patches in images.grid(image.size, config))
+    there = model.device.type == "cuda" and image.width * image.height <= LARGER * height * width
+    pixels = np.asarray(images.rgb(image)) if there else images.pixels(image, config)
+    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=model.device.type == "cuda")
     staged.numpy()[...] = pixels
-    return staged.to(device, non_blocking=True)
+    sent = staged.to(model.device, non_blocking=True)
+    return sent if sent.shape[:2] == (height, width) else model.ops.resize(sent, height, width)
 
 
 def join_patches(

@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mllm import families
 from mllm.batch import ForwardBatch, PatchBatch
-from mllm.kernels import cuda, cuda_vision, mrope, patches, step
+from mllm.kernels import cuda, cuda_vision, mrope, patches, resize, step
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.sampling import Sampling, sampling_batch
@@ -107,7 +107,8 @@ def vision(model: str, count: int, *, wide: bool, hopper: bool) -> None:
     size = config.sizes
     ops = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=hopper)
     weights = build(config, lambda path, shape: empty(*shape)).vision
-    pixels = patches.cut(empty(16 * 32, 16 * count // 32, 3, dtype=torch.uint8), patch=16, merge=2)
+    picture = resize.resize(empty(500, 1000, 3, dtype=torch.uint8), 16 * 32, 16 * count // 32)
+    pixels = patches.cut(picture, patch=16, merge=2)
     batch = PatchBatch(
         patches=pixels, coords=empty(4, count, dtype=torch.int32), indptr=empty(3, dtype=torch.int32),
         at=empty(count // 4, dtype=torch.int64), mean=(0.5,) * 3, std=(0.5,) * 3,

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from attrs import frozen
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import Tiny, assert_close, config_of, examples
 from torch import Tensor
 from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
@@ -261,6 +263,9 @@ CASES = [
          want=lambda x, at, rows: torch.stack([x[0], x[1], rows[0]])),
     Case(op="add_", name="with padding", make=lambda g: ([randn(g, 3, 4), torch.tensor([-1, 0]), randn(g, 2, 4)], {}),
          want=lambda x, at, rows: torch.stack([x[0] + rows[1], x[1], x[2]])),
+    Case(op="resize", make=lambda g: ([torch.randint(0, 256, (5, 7, 3), generator=g, dtype=torch.uint8), 6, 4], {}),
+         want=lambda pixels, height, width: torch.from_numpy(np.array(
+             Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.BICUBIC)))),
     Case(op="cut", make=lambda g: ([torch.randint(0, 256, (12, 18, 3), generator=g, dtype=torch.uint8)],
                                    {"patch": 3, "merge": 2}),
          want=lambda pixels, patch, merge: torch.stack([
@@ -330,7 +335,7 @@ def test_an_op_computes_its_definition(table: tuple[Ops, str], case: Case, dtype
     exact = map_leaves(lambda t: t.double() if t.is_floating_point() else t.clone(), args)
     want = case.want(*exact, **kwargs)
     got = call(ops, case, map_leaves(lambda t: t.to(device).clone(), args), kwargs)
-    assert got.dtype == {"head": torch.float32, "cut": torch.uint8}.get(case.op, dtype)
+    assert got.dtype == {"head": torch.float32, "cut": torch.uint8, "resize": torch.uint8}.get(case.op, dtype)
     assert_close(got.reshape(want.shape), want, TOLERANCE[dtype], case.op)
 
 

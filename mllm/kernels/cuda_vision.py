@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels import flash, flash_hopper, patches, products, rope, tall
+from mllm.kernels import flash, flash_hopper, patches, products, resize, rope, tall
 from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops, Qkv
 from mllm.kernels.reference_vision import EPS
@@ -42,6 +42,7 @@ def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) ->
     9.0 and up; `hopper`: 9.0 itself, whose tensor cores have an attention and products of their own, which are a chain."""
     return attrs.evolve(
         ops,
+        resize=resize.resize,
         cut=patches.cut,
         patch_embed=partial(patch_embed, pdl=hopper),
         vision_plan=partial(vision_plan, captured=captured, pdl=hopper),

@@ -46,6 +46,9 @@ class Ops:
     sample: Callable[..., Tensor]  # logits [B V], sampling, lengths [B] -> tokens i32 [B], -1 where not finite
     advance_: Callable[..., None]  # batch, tokens [B], page size; tokens, positions, slots, lengths of the batch
     # vision encoder
+    resize: Callable[
+        ..., Tensor
+    ]  # pixels uint8 [rows columns 3], height, width -> uint8 [height width 3], as Pillow's bicubic
     cut: Callable[..., Tensor]  # pixels uint8 [height width 3], patch, merge -> patches uint8 [X U]
     patch_embed: Callable[..., Stream]  # batch, weights, config -> [X Ev]
     vision_plan: Callable[..., Plan]  # batch, config -> rotary tables and image bounds

@@ -196,6 +196,7 @@ REFERENCE = Ops(
     add_=add_,
     sample=sample,
     advance_=advance_,
+    resize=vision.resize,
     cut=vision.cut,
     patch_embed=vision.patch_embed,
     vision_plan=vision.vision_plan,

@@ -1,10 +1,12 @@
-"""The ops of the vision encoder in plain PyTorch; see `kernels/reference.py`."""
+"""The ops of the vision encoder in plain PyTorch, and of pictures in Pillow; see `kernels/reference.py`."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +27,12 @@ class VisionPlan(State):
     sin: Tensor
     spans: tuple[tuple[int, int], ...]
     heads: int
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """A picture's bytes [rows columns 3] at another size [height width 3], by Pillow on the host."""
+    picture = Image.fromarray(pixels.cpu().numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).to(pixels.device)
 
 
 def cut(pixels: Tensor, *, patch: int, merge: int) -> Tensor:

@@ -48,7 +48,11 @@ class Tile(NamedTuple):
 
     def grid(self, rows: int, outputs: int) -> tuple[int, int, int]:
         """The programs that a product of so many rows and outputs takes."""
-        return -(-rows // self.rows), -(-outputs // self.columns), self.parts  # at each launch: `triton.cdiv` takes 4 us
+        return (
+            -(-rows // self.rows),
+            -(-outputs // self.columns),
+            self.parts,
+        )  # at each launch: `triton.cdiv` takes 4 us
 
     def turns(self, rows: int, outputs: int) -> int:
         """Of the chip, a multiprocessor for each program."""
