@@ -21,7 +21,7 @@ STACK = 64
 KERNELS = [
     (language, f"{name}_kernel")
     for module in Path(kernels.__file__).parent.glob("*.py")
-    for language, name in re.findall(r"^@(\w+)\.jit\ndef (\w+)_kernel\(", module.read_text("utf-8"), re.MULTILINE)
+    for language, name in re.findall(r"^@(\w+)\.jit\b.*\ndef (\w+)_kernel\(", module.read_text("utf-8"), re.MULTILINE)
 ]
 # compute capability -> (bytes of shared memory a block may have, registers a thread may have): CUDA programming
 # guide, "Technical specifications per compute capability"
