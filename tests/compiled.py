@@ -178,6 +178,8 @@ def compile_for(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[st
         """The type of an argument, or of a part of a tuple; notes whether it is known, or a multiple of 16."""
         if isinstance(value, tuple):
             return tuple(declare(part, (*path, i)) for i, part in enumerate(value))
+        if kernel.params[path[0]].do_not_specialize:
+            return "i32"
         if kernel.params[path[0]].is_constexpr or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"

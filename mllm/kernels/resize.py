@@ -30,13 +30,13 @@ DOWN_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 with the width."""
 
 
-@triton.jit(do_not_specialize=["BLOCKS", "IN", "OUT", "INNER", "TAPS"])  # sizes of pictures are all different
-def resize_kernel(pixels, first, weights, out, BLOCKS, IN, OUT, INNER, TAPS, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """`out` [n OUT INNER] of `pixels` [n IN INNER]: output o is TAPS inputs from `first`[o] on by `weights` [OUT TAPS]."""
-    outer = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    i = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = i < OUT * INNER
-    o, inner = i // INNER, i % INNER
+@triton.jit(do_not_specialize=["COUNT", "IN", "OUT", "INNER", "TAPS"])  # sizes of pictures are all different
+def resize_kernel(pixels, first, weights, out, COUNT, IN, OUT, INNER, TAPS, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """`out` [n OUT INNER] of `pixels` [n IN INNER], COUNT bytes: output o is TAPS inputs from `first`[o] on by `weights`
+    [OUT TAPS]."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < COUNT
+    o, inner, outer = i // INNER % OUT, i % INNER, (i // INNER // OUT).to(tl.int64)
     begin = tl.load(first + o, mask=inside, other=0)
     total = tl.full([BLOCK], 1 << (BITS - 1), tl.int32)  # half, to round
     for tap in range(TAPS):
@@ -45,7 +45,7 @@ def resize_kernel(pixels, first, weights, out, BLOCKS, IN, OUT, INNER, TAPS, BIT
         byte = tl.load(pixels + at, mask=there, other=0).to(tl.int32)
         total += byte * tl.load(weights + o * TAPS + tap, mask=inside, other=0)
     value = tl.minimum(tl.maximum(total >> BITS, 0), 255).to(tl.uint8)
-    tl.store(out + outer * OUT * INNER + i, value, mask=inside)
+    tl.store(out + i, value, mask=inside)
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -67,11 +67,10 @@ def _along(pixels: Tensor, side: int, wanted: int) -> Tensor:
         return pixels
     first, weights = upload_all(coefficients(size, wanted), pixels.device)
     out = pixels.new_empty(shape)
-    outer, inner = math.prod(shape[:side]), math.prod(shape[side + 1 :])
-    blocks = triton.cdiv(wanted * inner, BLOCK)
-    resize_kernel[(outer * blocks,)](
-        pixels, first, weights, out, blocks, size, wanted, inner, weights.shape[1], BITS=BITS, BLOCK=BLOCK, **FUSED
-    )
+    resize_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        pixels, first, weights, out, out.numel(), size, wanted, math.prod(shape[side + 1 :]), weights.shape[1], BITS=BITS,
+        BLOCK=BLOCK, **FUSED,
+    )  # fmt: skip
     return out
 
 
