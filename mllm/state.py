@@ -162,8 +162,8 @@ def is_donated(tree: State) -> bool:
 def check_alive(*states: State | None) -> None:
     """Raise `DonatedError` for a dead one. For stages that take one argument and read others: check, then take."""
     for one in states:
-        if one is not None:
-            getattr(one, one.__names__[0])  # which a dead one has not
+        for name in one.__names__[:1] if one is not None else ():
+            getattr(one, name)  # which a dead one has not
 
 
 def replace(old: S, **changes: Any) -> S:

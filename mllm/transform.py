@@ -25,6 +25,7 @@ Recorder = Callable[[Run], tuple[Tree, Run]]
 """Runs a function once, for its result, and records it: (that result, a replay that returns the outputs)."""
 
 _donate = donate  # `capture` has a parameter of that name
+_MIXED = object()  # lies in the buffers of an argument that hold some of one and some of another
 
 
 def capture(
@@ -170,9 +171,9 @@ class _Recording:
         present = self.present[argument]
         if value is present and isinstance(value, State):
             return
-        if argument in self.carried and present is not None and not is_donated(present):
+        if argument in self.carried and isinstance(present, State) and not is_donated(present):
             _donate(present, to=f"a call of the captured {self.name} with another {argument}")
-        self.present[argument] = None  # a copy that fails leaves some of both
+        self.present[argument] = _MIXED  # what a copy that fails leaves
         for buffer, source in zip(leaves(self.buffers[argument]), leaves(value), strict=True):
             buffer.copy_(source, non_blocking=True)
         self.present[argument] = value

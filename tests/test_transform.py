@@ -250,6 +250,21 @@ def test_a_list_that_changed_is_another_argument_though_all_others_are_in_place(
 # what it refuses
 
 
+def test_what_a_failed_copy_left_is_not_taken_for_nothing(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fn(pool: Store, batch: Carry, x: Store | None) -> tuple[Store, Carry, Tensor]:
+        return bump(pool, batch, torch.zeros(1) if x is None else x.data)
+
+    step = captured(recorder, fn)
+    pool, batch, _ = step(store(0), carry(0), store(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(pool, batch, store(5))
+    pool, batch, _ = step(pool, batch, None)
+    assert len(step.recordings) == 2  # type: ignore[attr-defined]
+    assert pool.data.tolist() == [1]
+
+
 def test_a_dead_state_among_the_other_arguments_is_refused_though_it_lies_there(recorder: Any) -> None:
     def fn(pool: Store, batch: Carry, x: Store) -> tuple[Store, Carry, Tensor]:
         return bump(pool, batch, x.data)
