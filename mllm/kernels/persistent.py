@@ -24,7 +24,7 @@ from mllm.kernels.decode_plan import DecodePlan, Exchange, Split
 from mllm.kernels.flash import LOG2E
 from mllm.kernels.hopper import descriptor, multiprocessors
 from mllm.kernels.pdl import launch_dependents, options, wait
-from mllm.kernels.persistent_attend import SECTOR, attend, fill_context, merge, place, slots_of, span_of, spans
+from mllm.kernels.persistent_attend import SECTOR, attend, fill_context, merge, place, slots_of, span_of
 from mllm.kernels.ring import INPUTS, OUTPUTS, WARPS, WIDTH
 from mllm.kernels.words import pack, send, unpack
 from mllm.weights import Stacks
@@ -207,7 +207,7 @@ def _consume(
     wait(PDL)
     _started(start, stream, E, T)
     rotary, slot = attend_one.turns(rotary[0], rotary[1], D, WARPS), gl.load(slots)
-    past, chunk, live = spans(gl.load(lengths), SPLITS, TILE, RUN)
+    begin, end, live = span_of(gl.load(lengths), K, SPLITS, TILE, RUN)
     for layer in range(layers):
         turn = layer + 1
         scales = ring.read(norm_in + layer * E, E)
@@ -217,7 +217,7 @@ def _consume(
         if split < live:
             at = layer.to(gl.int64) * across  # type: ignore[attr-defined]
             step = attend(
-                weights, step, qkv, parts, sums, head_norms, rotary, (keys + at, values + at), slot, past, chunk, turn,
+                weights, step, qkv, parts, sums, head_norms, rotary, (keys + at, values + at), slot, end - begin, turn,
                 scale, eps, H, K, D, TILE, T,
             )  # fmt: skip
         if split < SPLITS:

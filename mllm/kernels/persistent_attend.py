@@ -12,16 +12,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mllm.kernels import attend_one
+from mllm.kernels import attend_one, ring
 from mllm.kernels.attend_one import QUERIES, ROWS
 from mllm.kernels.hopper import copy
-from mllm.kernels.ring import INPUTS, OUTPUTS, TILES, WARPS, hold_back
+from mllm.kernels.ring import HEIGHT, INPUTS, TILES, WARPS
 from mllm.kernels.words import pack, receive, send, unpack
 
 SECTOR = gl.constexpr(4)
 """Words in 32 bytes."""
-HEIGHT = gl.constexpr((WARPS * OUTPUTS).value)
-"""Rows of a tile of the ring."""
 
 
 @gluon.jit
@@ -32,22 +30,14 @@ def place(K: gl.constexpr):
 
 
 @gluon.jit
-def spans(length, SPLITS: gl.constexpr, TILE: gl.constexpr, RUN: gl.constexpr):
-    """(tokens of a row that are in the pool, tokens of a split, splits that have work: the first always has)."""
+def span_of(length, K: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, RUN: gl.constexpr):
+    """How a context is shared out: (this program's first token, that after its last, splits that have work: the first
+    always has)."""
+    _, split = place(K)
     past = gl.maximum(length - 1, 0)  # the newest is sent
     chunk = gl.maximum(gl.cdiv(gl.cdiv(past, SPLITS), RUN) * RUN, TILE)
-    return past, chunk, gl.maximum(gl.cdiv(past, chunk), 1)
-
-
-@gluon.jit
-def span_of(length, K: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, RUN: gl.constexpr):
-    """Of this program's split: its first token, that after its last, and where its tiles end, of which each split that has
-    work has one at least."""
-    _, split = place(K)
-    past, chunk, live = spans(length, SPLITS, TILE, RUN)
     begin = split * chunk
-    end = gl.minimum(begin + chunk, past)
-    return begin, end, gl.where(split < live, gl.maximum(end, begin + 1), begin)
+    return begin, gl.minimum(begin + chunk, past), gl.maximum(gl.cdiv(past, chunk), 1)
 
 
 @gluon.constexpr_function
@@ -71,18 +61,13 @@ def _fill_parts(boxes, column, slots, row, count, bar, to, FIRST: gl.constexpr, 
 
 
 @gluon.jit
-def _fill_tile(boxes, column, slots, row, count, ring, step, ahead, D: gl.constexpr):
+def _fill_tile(boxes, column, slots, row, count, weights, step, ahead, D: gl.constexpr):
     """The next stages of the ring, with keys and values of one head, in runs of tokens that begin at the `slots`; the
     first `count` of those are copied."""
-    tiles, full, free = ring
-    STAGES: gl.constexpr = tiles.shape[0]
     TILE: gl.constexpr = len(slots) * boxes[0].block_shape[0]
     for stage in gl.static_range(_stages(D, TILE)):
-        slot = step % STAGES
-        mbarrier.wait(free.index(slot), (step // STAGES) & 1 ^ 1)
         for i in gl.static_range(TILES):
-            hold_back(full, TILES * step + i - ahead)
-            bar, to = full.index(slot * TILES + i), tiles.index(slot).slice(i * HEIGHT, HEIGHT)
+            to, bar = ring.room(weights, step, i, ahead)
             _fill_parts(boxes, column, slots, row, count, bar, to, (stage * TILES + i) * (HEIGHT // TILE), D)
         step += 1
     return step
@@ -99,43 +84,41 @@ def slots_of(pages, first, end, S: gl.constexpr, TILE: gl.constexpr, RUN: gl.con
 
 
 @gluon.jit
-def fill_context(boxes, pages, slots, span, row, ring, step, ahead, K: gl.constexpr, D: gl.constexpr, S: gl.constexpr):
-    """The keys and values of this program's `span` of a context, in a layer whose slots begin at a `row`. The `slots` of
-    the first tile are known, as whoever reads memory waits behind all that has been asked for."""
-    h, _ = place(K)
-    begin, end, stop = span
+def fill_context(
+    boxes, pages, slots, span, row, weights, step, ahead, K: gl.constexpr, D: gl.constexpr, S: gl.constexpr
+):
+    """The keys and values of this program's `span` of a context, to the ring of `weights`, a tile at least where there is
+    work; in a layer whose slots begin at a `row`. The `slots` of the first tile are known, as whoever reads memory waits
+    behind all that has been asked for."""
+    h, split = place(K)
+    begin, end, live = span
     RUN: gl.constexpr = boxes[0].block_shape[0]
     TILE: gl.constexpr = len(slots) * RUN
+    stop = gl.where(split < live, gl.maximum(end, begin + 1), begin)
     for first in range(begin, stop, TILE):
         following = slots_of(pages, first + TILE, end, S, TILE, RUN)
         count = gl.minimum(gl.cdiv(end - first, RUN), len(slots))
-        step = _fill_tile(boxes, h * D, slots, row, count, ring, step, ahead, D)
+        step = _fill_tile(boxes, h * D, slots, row, count, weights, step, ahead, D)
         slots = following
     return step
 
 
 @gluon.jit
-def _held(ring, step, count, D: gl.constexpr, TILE: gl.constexpr):
+def _held(weights, step, count, D: gl.constexpr, TILE: gl.constexpr):
     """The ring's next tile as factors, of INPUTS columns each: (keys, values), and zeros for values that are not there, as
     the ring holds anything then. It is out of the ring before it is wanted, for weights to take its place."""
-    tiles, full, free = ring
-    STAGES: gl.constexpr = tiles.shape[0]
     PARTS: gl.constexpr = D // INPUTS
     factor: gl.constexpr = gl.DotOperandLayout(1, attend_one.product(WARPS), 2)
-    for i in gl.static_range((2 * PARTS * TILE + HEIGHT - 1) // HEIGHT):
-        turn = step + i // TILES
-        mbarrier.wait(full.index(turn % STAGES * TILES + i % TILES), turn // STAGES & 1)
+    ring.arrived(weights, step, (2 * PARTS * TILE + HEIGHT - 1) // HEIGHT)
     keys, values = (), ()
     there = (gl.arange(0, TILE, gl.SliceLayout(1, factor)) < count)[:, None]
     for i in gl.static_range(2 * PARTS):
-        stage = tiles.index((step + i * TILE // (TILES * HEIGHT)) % STAGES)
-        part = stage.slice(i * TILE % (TILES * HEIGHT), TILE)
+        part = ring.tile(weights, step, i * TILE // HEIGHT).slice(i * TILE % HEIGHT, TILE)
         if i < PARTS:
             keys += (part.permute((1, 0)).load(factor),)  # type: ignore[assignment]
         else:
             values += (gl.where(there, part.load(factor), 0.0),)  # type: ignore[assignment]
-    for i in gl.static_range(_stages(D, TILE)):
-        mbarrier.arrive(free.index((step + i) % STAGES))
+    ring.done(weights, step, _stages(D, TILE))
     return (keys, values), step + _stages(D, TILE)
 
 
@@ -170,15 +153,14 @@ def _send_rows(words, apart: gl.constexpr, x, turn, G: gl.constexpr):
 
 @gluon.jit
 def attend(
-    ring, step, qkv, parts, sums, norms, rotary, pool, slot, past, chunk, turn, scale, eps, H: gl.constexpr,
+    weights, step, qkv, parts, sums, norms, rotary, pool, slot, count, turn, scale, eps, H: gl.constexpr,
     K: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """A program's split of a head's context, of queries, key and value that are sent and of what `fill_context` copies; its
-    results are sent in turn."""
+    """A program's split of a head's context, of queries, key and value that are sent and of `count` tokens that
+    `fill_context` copies; its results are sent in turn."""
     G: gl.constexpr = H // K
     h, split = place(K)
-    count = gl.minimum(chunk, past - split * chunk)
-    kv, step = _held(ring, step, count, D, TILE)
+    kv, step = _held(weights, step, count, D, TILE)
     P: gl.constexpr = attend_one.pairs(D, WARPS)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, P))[:, None]
     d = gl.arange(0, D // 2, gl.SliceLayout(0, P))[None, :]
@@ -190,7 +172,7 @@ def attend(
     y, ys, newest = attend_one.ready(x, norms, rotary, scale, eps, G, T)
     state = _with_tile(attend_one.begun(ys, newest, split == 0, G, INPUTS), ys, kv, count, TILE)
     for done in range(TILE, count, TILE):
-        kv, step = _held(ring, step, count - done, D, TILE)
+        kv, step = _held(weights, step, count - done, D, TILE)
         state = _with_tile(state, ys, kv, count - done, TILE)
     results, total = attend_one.ended(state)
     to = split * H + h * G

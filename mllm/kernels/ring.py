@@ -27,6 +27,8 @@ WIDTH = gl.constexpr(512)
 """Inputs of a tile, for all warps; the same of x are a piece."""
 TILES = gl.constexpr(2)
 """Of a stage of the ring, one after the other along the inputs: fewer barriers than with one."""
+HEIGHT = gl.constexpr((WARPS * OUTPUTS).value)
+"""Rows of a tile as it lies there, INPUTS wide: the outputs for each warp."""
 GROUP = gl.constexpr(4)
 """Tiles that are multiplied between two barriers."""
 
@@ -69,35 +71,62 @@ def _parts():
 @gluon.jit
 def new_ring(box, STAGES: gl.constexpr):
     """(tiles, barrier of each that it is there, barrier of each stage that it has been read)."""
-    tiles = gl.allocate_shared_memory(box.dtype, [STAGES, TILES * WARPS * OUTPUTS, INPUTS], box.layout)
+    tiles = gl.allocate_shared_memory(box.dtype, [STAGES, TILES * HEIGHT, INPUTS], box.layout)
     return tiles, new_barriers(STAGES * TILES, 1), new_barriers(STAGES, 1)
 
 
 @gluon.jit
-def hold_back(full, before):
-    """Until a tile that was asked for some tiles before is there."""
-    COUNT: gl.constexpr = full.shape[0]
+def room(ring, step, i: gl.constexpr, ahead):
+    """Tile i of a stage, to be filled: (where it lies, its barrier). Waits until what was there has been read, and until
+    only `ahead` tiles are on their way, this one included. The more there are, the longer everything else takes that
+    multiprocessors have to read."""
+    tiles, full, free = ring
+    STAGES: gl.constexpr = tiles.shape[0]
+    COUNT: gl.constexpr = STAGES * TILES
+    stage = step % STAGES
+    if i == 0:
+        mbarrier.wait(free.index(stage), (step // STAGES) & 1 ^ 1)
+    before = TILES * step + i - ahead
     if before >= 0:
         mbarrier.wait(full.index(before % COUNT), before // COUNT & 1)
+    return tiles.index(stage).slice(i * HEIGHT, HEIGHT), full.index(stage * TILES + i)
+
+
+@gluon.jit
+def arrived(ring, step, COUNT: gl.constexpr):
+    """Waits for the next tiles."""
+    tiles, full, _ = ring
+    STAGES: gl.constexpr = tiles.shape[0]
+    for i in gl.static_range(COUNT):
+        turn = step + i // TILES
+        mbarrier.wait(full.index(turn % STAGES * TILES + i % TILES), turn // STAGES & 1)
+
+
+@gluon.jit
+def tile(ring, step, i: gl.constexpr):
+    """Where the next tile but i lies."""
+    tiles, _, _ = ring
+    return tiles.index((step + i // TILES) % tiles.shape[0]).slice(i % TILES * HEIGHT, HEIGHT)
+
+
+@gluon.jit
+def done(ring, step, COUNT: gl.constexpr):
+    """The next stages have been read."""
+    _, _, free = ring
+    for i in gl.static_range(COUNT):
+        mbarrier.arrive(free.index((step + i) % free.shape[0]))
 
 
 @gluon.jit
 def fill(box, row, K: gl.constexpr, ring, step, ahead):
-    """OUTPUTS rows of a weight [n K], to the ring. `ahead`: tiles that are on their way at a time. The more there are, the
-    longer everything else takes that multiprocessors have to read."""
-    tiles, full, free = ring
-    STAGES: gl.constexpr = tiles.shape[0]
+    """OUTPUTS rows of a weight [n K], to the ring; `ahead` as in `room`."""
     for k in range(0, K, TILES * WIDTH):
-        stage = step % STAGES
-        mbarrier.wait(free.index(stage), (step // STAGES) & 1 ^ 1)
         for i in gl.static_range(TILES):
-            hold_back(full, TILES * step + i - ahead)
-            bar = full.index(stage * TILES + i)
+            to, bar = room(ring, step, i, ahead)
             if k + i * WIDTH < K:
                 mbarrier.expect(bar, OUTPUTS * WIDTH * 2)
                 for w in gl.static_range(WARPS):
-                    to = tiles.index(stage).slice((i * WARPS + w) * OUTPUTS, OUTPUTS)
-                    copy(box, [row, k + i * WIDTH + w * INPUTS], bar, to)
+                    copy(box, [row, k + i * WIDTH + w * INPUTS], bar, to.slice(w * OUTPUTS, OUTPUTS))
             else:
                 mbarrier.expect(bar, 0)
         step += 1
@@ -195,21 +224,15 @@ def factors(xs, first: gl.constexpr, count: gl.constexpr, dtype: gl.constexpr):
 @gluon.jit
 def _multiply(acc, ring, pieces, step):
     """acc and the next tiles of the ring times pieces of x."""
-    tiles, full, free = ring
-    STAGES: gl.constexpr = tiles.shape[0]
     COUNT: gl.constexpr = len(pieces)
     TURNS: gl.constexpr = (COUNT + TILES - 1) // TILES
-    for i in gl.static_range(COUNT):
-        turn = step + i // TILES
-        mbarrier.wait(full.index(turn % STAGES * TILES + i % TILES), turn // STAGES & 1)
+    arrived(ring, step, COUNT)
     ws = ()
     for i in gl.static_range(COUNT):
-        stage = tiles.index((step + i // TILES) % STAGES)
-        w = stage.slice(i % TILES * WARPS * OUTPUTS, WARPS * OUTPUTS).load(_flat())
+        w = tile(ring, step, i).load(_flat())
         w = gl.convert_layout(gl.reshape(w, [WARPS, OUTPUTS, INPUTS]), factor_layout(0, WARPS, 2), assert_trivial=True)
         ws += (w,)  # type: ignore[assignment]
-    for i in gl.static_range(TURNS):
-        mbarrier.arrive(free.index((step + i) % STAGES))
+    done(ring, step, TURNS)
     total = mma_v2(ws[0], pieces[0], acc)  # type: ignore[misc]
     for i in gl.static_range(1, COUNT):  # apart, so that none waits for another
         total += mma_v2(ws[i], pieces[i], gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, parts_layout(WARPS)))
