@@ -158,16 +158,17 @@ def patch_batch(
     config, layout = model.images, request.layout
     if config is None:
         raise PromptError("a model that reads only text has no patches")
-    parts = [_pixels(model, image, config) for image in request.prompt.images[part]]
+    pictures = zip(request.prompt.images[part], layout.grids[part], strict=True)
+    parts = [_pixels(model, image, grid, config) for image, grid in pictures]
     parts = [model.ops.cut(pixels, patch=config.patch, merge=config.merge) for pixels in parts]
     at = image_indices(layout.starts[part], layout.counts[part])
     return join_patches(parts, layout.grids[part], at, config, device=model.device, size=size)
 
 
-def _pixels(model: Model, image: Image, config: ImageConfig) -> Tensor:
+def _pixels(model: Model, image: Image, grid: tuple[int, int], config: ImageConfig) -> Tensor:
     """The bytes of a picture at the size of its patches: uint8 [height width 3]. A GPU resizes it, unless it is so much
     larger that its bytes would need more memory than the encoder."""
-    height, width = (patches * config.patch for patches in images.grid(image.size, config))
+    height, width = (patches * config.patch for patches in grid)
     there = model.device.type == "cuda" and image.width * image.height <= LARGER * height * width
     pixels = np.asarray(images.rgb(image)) if there else images.pixels(image, config)
     staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=model.device.type == "cuda")
