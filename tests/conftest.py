@@ -70,6 +70,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
+def triton_device(device: str) -> str:
+    """The device of a test of Triton's kernels: a GPU, or a CPU where Triton interprets them."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
+    return device
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Tiny]]:
     """Tiny models that transformers itself wrote, one for each set of keywords: see `tiny.make_tiny`."""
     made: dict[str, Tiny] = {}

@@ -7,7 +7,6 @@ pytest tests/test_draw.py --device cuda
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,12 +32,7 @@ import triton.language as tl  # noqa: E402  (after it is known to be there)
 from mllm.kernels import cuda, draw  # noqa: E402
 
 BLOCK = 64  # of a small vocabulary, that it has several parts
-
-
-@pytest.fixture(autouse=True)
-def runs(device: str) -> None:
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
+pytestmark = pytest.mark.usefixtures("triton_device")
 
 
 @triton.jit
