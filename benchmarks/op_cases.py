@@ -216,6 +216,15 @@ def _merge(a: Arguments) -> OpCase:
     return OpCase(args=(x, merger), kwargs={}, work=Work(elements * x.itemsize, 2 * elements * rows))
 
 
+def _features(a: Arguments) -> OpCase:
+    """Of features that are made: those that a table leaves to this op are `_merge`'s."""
+    x, _ = _block(a)
+    weights = a.model.weights.vision
+    rows, width = x.numel() // weights.merger.up.shape[1], len(weights.merger.down)
+    made = [a.noise(rows, width) for _ in range(1 + len(weights.taps))]
+    return OpCase(args=(made,), kwargs={}, work=Work(2 * sum(t.nbytes for t in made), 0))
+
+
 _TEXT: dict[str, Callable[[Arguments], OpCase]] = {
     "embed": _embed, "plan": _plan, "norm_linear": _norm_linear, "attend_": _attend, "linear_add": _linear_add,
     "norm_gate": _norm_gate, "head": _head, "put_": _at_rows, "add_": _at_rows, "sample": _sample,
@@ -225,5 +234,6 @@ _VISION: dict[str, Callable[[Arguments], OpCase]] = {
     "resize": _resize, "cut": _cut, "patch_embed": _patch_embed, "vision_plan": _vision_plan,
     "layer_norm_linear": _layer_norm_linear, "attend_images": _attend_images, "linear_bias_add": _linear_bias_add,
     "layer_norm_gelu": _layer_norm_gelu, "merge": _merge,
+    "features": _features,
 }  # fmt: skip
 _EITHER = ("put_", "add_", "resize", "cut")  # what is done to prompts and pictures before anything is captured

@@ -18,6 +18,10 @@ SAMPLING = 113
 softmax. The kernels of a GPU draw with little more than the logits."""
 SPLITS = 32
 """Parts that a GPU's attention cuts a context into, at most."""
+TILE = 128
+"""Rows of the largest tile that a GPU copies, of which its activations are whole numbers."""
+PENDING = 132 * TILE**2
+"""Numbers that a product of few rows leaves in parts, at most: each multiprocessor of a Hopper makes a tile of them."""
 WORKSPACE = {"cpu": 0, "cuda": 96 * 2**20}
 """Bytes that a device's libraries take at first use: cuBLAS 32 MiB and cuBLASLt as much on Hopper, compiled kernels."""
 
@@ -75,9 +79,12 @@ def predict(config: Config, load: Load, *, itemsize: int, device: str) -> Peak:
         config.text, rows=load.rows, listed=load.listed, itemsize=itemsize, gathers=gathers, greedy=load.greedy
     )
     # recordings share one pool of memory, as large as the largest needs; larger image batches are not recorded
-    images = encoder(config, patches=min(load.patches, CAPTURED_PATCHES), itemsize=itemsize)
+    recorded = min(load.patches, CAPTURED_PATCHES)
+    images = encoder(config, patches=recorded, itemsize=itemsize)
+    if not gathers:
+        images = max(images, mergers(config, patches=recorded, itemsize=itemsize))
     return Peak(
-        encoder=encoder(config, patches=load.patches, itemsize=itemsize),
+        encoder=max(images, encoder(config, patches=load.patches, itemsize=itemsize)),
         prefill=chunk,
         decode=step,
         features=features(config, load.feature_tokens, itemsize),
@@ -152,6 +159,18 @@ def encoder(config: Config, *, patches: int, itemsize: int) -> int:
     merge = 5 * b * width
     made = features(config, patches // config.vision.spatial_merge_size**2, b)
     return patches * (max(embed, rotation, mlp, merge) + 4 * head + 48) + 2 * made
+
+
+def mergers(config: Config, *, patches: int, itemsize: int) -> int:
+    """Bytes of the mergers of the encoder's last layer and of its taps where all are made at once, at its end, as Hopper
+    makes those of images that are recorded: a stream for each and as much that is yet to be added, twice what they are
+    joined to, with room for whole tiles, and the features."""
+    if config.vision is None or not patches:
+        return 0
+    s, tokens = config.vision.sizes, patches // config.vision.spatial_merge_size**2
+    waiting = patches * 2 * s["Ev"] + PENDING
+    joined = -(-tokens // TILE) * TILE * s["Mv"]
+    return (1 + s["J"]) * itemsize * (waiting + 2 * joined) + 2 * features(config, tokens, itemsize)
 
 
 def features(config: Config, tokens: int, itemsize: int) -> int:

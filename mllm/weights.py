@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import attrs
@@ -50,15 +50,24 @@ def stacked(layers: tuple[Layer, ...]) -> Stacks | None:
     """The weights of all layers, where those of a name lie one after the other in memory, as `room` lays them."""
     stacks = {}
     for name in Stacks._fields:
-        first, *others = (getattr(layer, name) for layer in layers)
-        apart = first.nbytes
-        if not first.is_contiguous() or any(
-            w.data_ptr() != first.data_ptr() + i * apart or w.shape != first.shape for i, w in enumerate(others, 1)
-        ):
+        stack = as_one([getattr(layer, name) for layer in layers])
+        if stack is None:
             return None
-        shape = len(layers), *first.shape
-        stacks[name] = first.as_strided(shape, (first.numel(), *first.stride()))
+        stacks[name] = stack
     return Stacks(**stacks)
+
+
+def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
+    """n tensors of a shape as one [n ...], where they lie one after the other in memory."""
+    first, *others = tensors
+    begin, apart = first.data_ptr(), first.nbytes
+    storage = first.untyped_storage().data_ptr()
+    if not first.is_contiguous() or any(
+        x.data_ptr() != begin + i * apart or x.shape != first.shape or x.untyped_storage().data_ptr() != storage
+        for i, x in enumerate(others, 1)
+    ):
+        return None
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
 @state
@@ -168,20 +177,30 @@ def _build(cls: type[S], sizes: Mapping[str, int], make: Make, prefix: str, skip
 
 
 def room(config: Config, *, device: str | torch.device, dtype: torch.dtype) -> Make:
-    """Makes empty tensors. Those of one name of all decoder layers lie one after the other in memory, for kernels that go
-    on from layer to layer."""
+    """Makes empty tensors. Those of one name of all decoder layers, and of all mergers, lie one after the other in memory,
+    for kernels that go on from one to the next."""
     stacks: dict[str, Tensor] = {}
 
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
-        found = re.fullmatch(r"text\.layers\.(\d+)\.(\w+)", path)
-        if not found:
+        place = _place(path, config)
+        if place is None:
             return torch.empty(shape, dtype=dtype, device=device)
-        name = found[2]
+        name, index, count = place
         if name not in stacks:
-            stacks[name] = torch.empty(config.text.num_hidden_layers, *shape, dtype=dtype, device=device)
-        return stacks[name][int(found[1])]
+            stacks[name] = torch.empty(count, *shape, dtype=dtype, device=device)
+        return stacks[name][index]
 
     return make
+
+
+def _place(path: str, config: Config) -> tuple[str, int, int] | None:
+    """(the stack that a parameter is part of, its place there, how many there are); None where it stands alone. The merger
+    comes before those of the taps."""
+    if found := re.fullmatch(r"(text\.layers)\.(\d+)\.(\w+)", path):
+        return f"{found[1]}.{found[3]}", int(found[2]), config.text.num_hidden_layers
+    if found := re.fullmatch(r"vision\.(?:merger|taps\.(\d+))\.((?:up|down)\w*)", path):
+        return f"mergers.{found[2]}", 0 if found[1] is None else 1 + int(found[1]), 1 + config.sizes["J"]
+    return None
 
 
 def elements(config: Config) -> int:

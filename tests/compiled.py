@@ -106,7 +106,7 @@ def vision(model: str, count: int, *, wide: bool, hopper: bool) -> None:
     config = families.preset(model)
     size = config.sizes
     ops = cuda_vision.vision_ops(REFERENCE, captured=True, wide=wide, hopper=hopper)
-    weights = build(config, lambda path, shape: empty(*shape)).vision
+    weights = build(config, room(config, device="meta", dtype=torch.bfloat16)).vision
     picture = resize.resize(empty(500, 1000, 3, dtype=torch.uint8), 16 * 32, 16 * count // 32)
     pixels = patches.cut(picture, patch=16, merge=2)
     batch = PatchBatch(
@@ -122,8 +122,10 @@ def vision(model: str, count: int, *, wide: bool, hopper: bool) -> None:
     x = ops.linear_bias_add(y, w.out, w.out_bias, x)
     x, g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
     x = ops.linear_bias_add(g, w.down, w.down_bias, x)
-    for merger in (weights.merger, weights.taps[0]):
-        assert ops.merge(x, merger).shape == (count // 4, size["E"])
+    mergers = weights.merger, *weights.taps
+    merged = [ops.merge(x, merger) for merger in mergers]
+    for some in (merged, merged[:1], merged[1:2]):
+        assert ops.features(some).shape == (len(some), count // 4, size["E"])
 
 
 def rotary(model: str, tokens: int, *, wide: bool, hopper: bool) -> None:

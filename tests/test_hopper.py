@@ -105,6 +105,56 @@ def test_a_product_goes_on_with_what_follows_it(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 72), (64, 1024, 640), (130, 512, 200), (256, 1152, 1152), (1024, 512, 2048)], ids=str
+)
+def test_some_products_are_made_at_once(
+    shape: tuple[int, int, int], dtype: torch.dtype, pdl: bool, device: str, hopper: None
+) -> None:
+    from mllm.kernels import tall
+    from mllm.kernels.room import empty_groups
+
+    rows, inputs, outputs = shape
+    x, weight, bias = (torch.stack(t) for t in zip(*(factors(shape, dtype, device) for _ in range(3)), strict=True))
+    scales = torch.tensor([0.5, 1.0, -1.0], dtype=dtype, device=device)[:, None, None]
+    held = empty_groups(x, 3, rows, inputs)
+    held.copy_(x)
+    exact = (x.double() @ (weight * scales).double().transpose(1, 2)) + (bias[:, None] * scales).double()
+    around = torch.full((5, rows, outputs), 7.0, dtype=dtype, device=device)
+    for gelu, want in (("", exact), ("none", torch.nn.functional.gelu(exact))):
+        got = tall.linears(held, weight * scales, bias * scales[:, 0], around[1:4], gelu=gelu, pdl=pdl)
+        assert error(got, want) < 1e-2
+        assert (around[::4] == 7).all()  # nothing is written elsewhere
+
+
+@pytest.mark.cuda
+def test_mergers_that_waited_make_what_each_would_have_made(device: str, hopper: None) -> None:
+    from mllm import families, weights
+    from mllm.kernels import mergers
+    from mllm.kernels.norm import Pending
+    from mllm.state import map_leaves
+
+    made = weights.random(families.preset("qwen3-vl-2b"), device=device, dtype=torch.bfloat16).vision
+    assert made is not None
+    for rows, parts in ((16, 4), (400, 2), (1024, 0)):
+        for those in (made, map_leaves(torch.clone, made)):  # one after the other in memory, and apart
+            waiting = []
+            for merger in (those.merger, *those.taps):
+                x = factors((rows, 1024, 1), torch.bfloat16, device)[0]
+                stream = (
+                    Pending(x, torch.randn_like(x.expand(parts, *x.shape)), merger.down_bias[:1024]) if parts else x
+                )
+                waiting.append(mergers.merge(stream, merger, pdl=True))
+            got = mergers.features(waiting, pdl=True)
+            assert got.shape == (4, rows // 4, 2048)
+            for one, waited in zip(got, waiting, strict=True):
+                assert isinstance(waited, mergers.Unmerged)
+                assert error(one, waited.made()) < 1e-2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize(
     "shape", [(130, 320, 256), (256, 2048, 2048), (900, 640, 1152), (1000, 640, 1280), (4500, 320, 1536)], ids=str
 )

@@ -211,11 +211,12 @@ def test_the_parts_of_a_product_add_up_to_it(shape: tuple[int, int, int], device
     assert error(parts.sum(0), y.to(device).double() @ weight.to(device).double().T) < 1e-5
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_a_merger_takes_a_stream_to_which_a_product_is_to_be_added(
-    each: bool, device: str, ops: functools.partial[Ops]
+@pytest.mark.parametrize("kind", ["stream", "parts", "parts and bias"])
+def test_streams_are_merged_with_what_is_to_be_added_to_them(
+    kind: str, device: str, ops: functools.partial[Ops], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mllm.kernels import cuda_vision
+    """One by one, and all together, by products that are PyTorch's here: those of `tall` are compared in test_hopper."""
+    from mllm.kernels import mergers
     from mllm.kernels.norm import Pending
 
     generator = torch.Generator().manual_seed(0)
@@ -223,16 +224,29 @@ def test_a_merger_takes_a_stream_to_which_a_product_is_to_be_added(
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    width, joined, out = 80, 320, 96
-    bias = noise(width)
-    x = Pending(noise(24, width), noise(3, 24, width), bias)
-    norm = width if each else joined
-    merger = (Merger if each else TapMerger)(
-        norm=noise(norm), norm_bias=noise(norm), up=noise(joined, joined) / 18, up_bias=noise(joined),
-        down=noise(out, joined) / 18, down_bias=noise(out),
-    )  # fmt: skip
-    want = reference_vision.merge(x.x + x.parts.sum(0) + bias, merger)
-    assert error(cuda_vision.merge(x, merger, pdl=False), want) < 1e-5
+    def linears(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, gelu: str = "", pdl: bool) -> Tensor:
+        made = x @ weight.transpose(1, 2) + bias[:, None]
+        return y.copy_(torch.nn.functional.gelu(made) if gelu else made)
+
+    monkeypatch.setattr("mllm.kernels.tall.linears", linears)
+    width, joined, out, count = 80, 320, 96, 3
+    up, up_bias = noise(count, joined, joined) / 18, noise(count, joined)
+    down, down_bias = noise(count, out, joined) / 18, noise(count, out)
+    waiting, want = [], []
+    for i in range(count):
+        norm = joined if i else width
+        merger = (TapMerger if i else Merger)(
+            norm=noise(norm), norm_bias=noise(norm), up=up[i], up_bias=up_bias[i], down=down[i], down_bias=down_bias[i]
+        )
+        x, total = noise(24, width), torch.zeros((), device=device)
+        stream: Any = x
+        if kind != "stream":
+            parts, bias = noise(2, 24, width), noise(width) if "bias" in kind else None
+            stream, total = Pending(x, parts, bias), parts.sum(0) + (0 if bias is None else bias)
+        waiting.append(mergers.Unmerged(stream, merger))
+        want.append(reference_vision.merge(x + total, merger))
+        assert error(mergers.merged(stream, merger, pdl=False), want[-1]) < 1e-5
+    assert error(mergers.features(waiting, pdl=False), torch.stack(want)) < 1e-5
 
 
 @pytest.mark.cuda

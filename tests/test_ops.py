@@ -289,6 +289,7 @@ CASES = [
          make=lambda g: ([randn(g, 12, 6), random_of(weights.Merger, MERGE, g)], {}), want=merged),
     Case(op="merge", name="of patches normalised together",
          make=lambda g: ([randn(g, 12, 6), random_of(weights.TapMerger, MERGE, g)], {}), want=merged),
+    Case(op="features", make=lambda g: ([[randn(g, 3, 24), randn(g, 3, 24)]], {}), want=torch.stack),
 ]  # fmt: skip
 
 

@@ -159,3 +159,22 @@ def test_a_full_pool_leaves_a_gpu_room_for_the_declared_limits(device: str, frac
     took = torch.cuda.max_memory_allocated() - before
     assert took <= pages * made.page_size * made.bytes_per_token * 1.001 + made.peak.total
     assert pages * made.page_size * made.bytes_per_token + made.weight_bytes >= 0.97 * made.static_bytes
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("patches", [64, 256, 1024, 4096])
+def test_an_encoder_of_a_gpu_takes_what_was_predicted(device: str, patches: int) -> None:
+    model = mllm.dummy("qwen3-vl-2b", device=device)
+    assert model.weights.vision is not None
+    assert model.config.vision is not None
+    assert model.vision_ops is not None
+    pixels = torch.zeros(patches, 768, dtype=torch.uint8, device=model.device)
+    grid, at = (patches // 8, 8), np.arange(patches // 4)
+    batch = requests.join_patches([pixels], [grid], at, ImageConfig(), device=model.device)
+    for _ in range(2):  # workspaces first
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        stages.vit(model.weights.vision, batch, config=model.config.vision, ops=model.vision_ops)
+        took = torch.cuda.max_memory_allocated() - before
+    load = Load(prefill_tokens=1, rows=1, context=1, listed=1, patches=patches)
+    assert took <= peak.predict(model.config, load, itemsize=2, device=device).encoder

@@ -115,6 +115,28 @@ def test_weights_that_lie_apart_are_taken_layer_by_layer(model: mllm.Model) -> N
     assert error(got, want) < 3e-2
 
 
+def test_tensors_are_one_where_they_lie_one_after_the_other() -> None:
+    x = torch.arange(24).view(4, 2, 3)
+    assert torch.equal(weights.as_one(list(x)), x)
+    assert weights.as_one([x[0]]).shape == (1, 2, 3)
+    for apart in ([x[0], x[2]], [x[0], x[1].T], [x[0].T], [x[0], x[1][:1]]):
+        assert weights.as_one(apart) is None
+    held = torch.empty(16, dtype=torch.uint8)
+    first, second = (torch.frombuffer(memoryview(held.numpy())[i : i + 8], dtype=torch.uint8) for i in (0, 8))
+    assert weights.as_one([first, second]) is None  # neighbours, of two storages
+
+
+def test_mergers_lie_one_after_the_other() -> None:
+    config = families.preset("qwen3-vl-2b")
+    made = weights.build(config, weights.room(config, device="meta", dtype=torch.bfloat16)).vision
+    assert made is not None
+    every = [made.merger, *made.taps]
+    for name in ("up", "up_bias", "down", "down_bias"):
+        those = [getattr(merger, name) for merger in every]
+        assert [x.storage_offset() for x in those] == [i * those[0].numel() for i in range(4)]
+    assert made.merger.norm.storage_offset() == made.taps[0].norm.storage_offset() == 0
+
+
 def test_layers_are_stacked_where_they_are_made() -> None:
     config = config_of(SHAPES["groups-of-8"])
     made = weights.random(config, dtype=torch.bfloat16).text

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels import flash, flash_hopper, patches, products, resize, rope, tall
-from mllm.kernels.norm import Pending, Stream, add_norm
+from mllm.kernels import flash, flash_hopper, mergers, patches, products, resize, rope, tall
+from mllm.kernels.norm import Stream, add_norm
 from mllm.kernels.ops import Ops, Qkv
 from mllm.kernels.reference_vision import EPS
 from mllm.state import State, state, tensor
-from mllm.weights import Merger, TapMerger, VisionWeights
+from mllm.weights import VisionWeights
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """Of PyTorch's attention, best first: cuDNN's is 1.5 times as fast as the next on an H200, and Orin's has none."""
@@ -50,7 +50,8 @@ def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) ->
         attend_images=partial(attend_images, wide=wide, hopper=hopper),
         linear_bias_add=partial(linear_bias_add, pdl=hopper),
         layer_norm_gelu=partial(layer_norm_gelu, pdl=hopper),
-        merge=partial(merge, pdl=hopper),
+        merge=partial(mergers.merge, pdl=hopper),
+        features=partial(mergers.features, pdl=hopper),
     )
 
 
@@ -119,14 +120,3 @@ def layer_norm_gelu(
 ) -> tuple[Stream, Tensor]:
     x, y = add_norm(x, norm, norm_bias, eps=EPS, pdl=pdl)
     return x, products.linear(y, weight, bias, gelu="tanh", pdl=pdl)
-
-
-def merge(x: Stream, weights: Merger | TapMerger, *, pdl: bool) -> Tensor:
-    joined = weights.up.shape[1]
-    if isinstance(x, Pending) and len(weights.norm) == joined:  # neighbours are joined first, so they are added first
-        x = x.joined(joined)
-    elif not isinstance(x, Pending):
-        x = x.view(-1, len(weights.norm))
-    y = add_norm(x, weights.norm, weights.norm_bias, eps=EPS, pdl=pdl)[1].view(-1, joined)
-    y = products.linear(y, weights.up, weights.up_bias, gelu="none", pdl=pdl)  # exact, unlike the blocks'
-    return products.linear(y, weights.down, weights.down_bias, pdl=pdl)

@@ -17,10 +17,9 @@ from mllm.kernels.room import empty_rows
 @triton.jit
 def norm_kernel(x, parts, shift, weight, bias, y, total, B, E, eps, EP: tl.constexpr, PARTS: tl.constexpr,
                 SHIFT: tl.constexpr, CENTRE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y [B E] = norm(x + the sum of parts [PARTS B E] + shift [SHIFT], again and again); with parts, that sum goes to
-    `total`.
+    """y [B E] = norm(x + the sum of parts [PARTS B E] + shift [E]); with parts, that sum goes to `total`.
 
-    SHIFT: 0 where there is none. CENTRE: layer norm.
+    SHIFT: whether there is one. CENTRE: layer norm.
     """
     b = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EP)
@@ -31,8 +30,8 @@ def norm_kernel(x, parts, shift, weight, bias, y, total, B, E, eps, EP: tl.const
     v = tl.load(x + b * E + e, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         v += tl.load(parts + (part * B + b) * E + e, mask=inside, other=0.0).to(tl.float32)
-    if SHIFT > 0:
-        v += tl.load(shift + e % SHIFT, mask=inside, other=0.0).to(tl.float32)
+    if SHIFT:
+        v += tl.load(shift + e, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         v = v.to(total.dtype.element_ty).to(tl.float32)  # what is normalised is what the next layer adds to
         tl.store(total + b * E + e, v.to(total.dtype.element_ty), mask=inside)
@@ -49,9 +48,7 @@ WARP_WIDTH = 256
 
 
 class Pending(NamedTuple):
-    """A residual stream x [T E] and the parts [... T E] of a product, and its bias, still to be added to it.
-
-    The bias is as long as a row, or as those of which a row was joined.
+    """A residual stream x [T E] and the parts [... T E] of a product, and its bias [E], still to be added to it.
 
     Products with many or few rows leave their results so, because the norm that follows reads the stream anyway.
     """
@@ -63,10 +60,6 @@ class Pending(NamedTuple):
     def at(self, rows: Tensor) -> Pending:
         """Some rows of it."""
         return Pending(self.x.index_select(0, rows), self.parts.index_select(1, rows), self.bias)
-
-    def joined(self, width: int) -> Pending:
-        """Its rows side by side, so many as are `width` wide."""
-        return Pending(self.x.view(-1, width), self.parts.view(len(self.parts), -1, width), self.bias)
 
 
 Stream = Tensor | Pending
@@ -81,10 +74,9 @@ def add_norm(
     y = empty_rows(x, rows, width)
     total = x if parts is None else torch.empty_like(x)
     padded = triton.next_power_of_2(width)
-    shifted = 0 if shift is None else len(shift)
     norm_kernel[(rows,)](
         x, x if parts is None else parts, weight if shift is None else shift, weight, weight if bias is None else bias,
-        y, total, rows, width, eps, EP=padded, PARTS=0 if parts is None else len(parts), SHIFT=shifted,
+        y, total, rows, width, eps, EP=padded, PARTS=0 if parts is None else len(parts), SHIFT=shift is not None,
         CENTRE=bias is not None, num_warps=max(1, min(8, padded // WARP_WIDTH)), **options(pdl),
     )  # fmt: skip
     return total, y

@@ -20,6 +20,7 @@ NOT_FINITE = -1
 Stream = Any  # the residual stream in a table's own form; the ops that read all of it hand it back, for the next to use
 Qkv = Any  # what attention is made of: [T C], in vision [X Cv], or a table's own form of it
 Heads = Any  # what attention hands to the product after it: [T A], or a table's own form of it
+Merged = Any  # features [M E] of the decoder's width, or what they are made of when the last layer is through
 Plan = Any  # what a table computes once per forward pass and uses in every layer; its own business
 
 
@@ -58,4 +59,5 @@ class Ops:
     layer_norm_gelu: Callable[
         ..., tuple[Stream, Tensor]
     ]  # x, norm, norm_bias, weight, bias -> x, gelu_tanh(...) [X Fv]
-    merge: Callable[..., Tensor]  # x [X Ev], Merger or TapMerger -> [M E]
+    merge: Callable[..., Merged]  # x [X Ev], Merger or TapMerger -> [M E]
+    features: Callable[..., Tensor]  # what `merge` made of n streams -> [n M E]

@@ -205,4 +205,5 @@ REFERENCE = Ops(
     linear_bias_add=vision.linear_bias_add,
     layer_norm_gelu=vision.layer_norm_gelu,
     merge=vision.merge,
+    features=vision.features,
 )

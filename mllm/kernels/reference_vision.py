@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -113,3 +114,7 @@ def merge(x: Tensor, weights: Merger | TapMerger) -> Tensor:
     x = F.layer_norm(x.view(-1, len(weights.norm)), weights.norm.shape, weights.norm, weights.norm_bias, EPS)
     x = F.gelu(F.linear(x.view(-1, weights.up.shape[1]), weights.up, weights.up_bias))  # exact, unlike the blocks'
     return F.linear(x, weights.down, weights.down_bias)
+
+
+def features(merged: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(merged))

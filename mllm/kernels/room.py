@@ -19,6 +19,11 @@ def empty_rows(like: Tensor, rows: int, *shape: int, dtype: torch.dtype | None =
     return like.new_empty(-(-rows // ROWS) * ROWS, *shape, dtype=dtype)[:rows]
 
 
+def empty_groups(like: Tensor, groups: int, rows: int, width: int) -> Tensor:
+    """[groups rows width], each of which has room for whole tiles."""
+    return like.new_empty(groups, -(-rows // ROWS) * ROWS, width)[:, :rows]
+
+
 def rows_of(x: Tensor, tile: int) -> int:
     """The rows of x, a whole number of tiles where its storage has room for them."""
     held = (x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()) // max(x.stride(0), 1)

@@ -92,18 +92,25 @@ def rotate_write(
 
 
 @triton.jit
-def rotate_heads_kernel(qkv, cos, sin, out, scale, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr,
-                        PP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One patch: its queries, times scale, and keys of qkv [X 3 H D], rotated, to out [X 2 H D]."""
+def rotate_heads_kernel(qkv, cos, sin, out, scale, COUNT, H: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                        PDL: tl.constexpr):  # fmt: skip
+    """out [X 2 H 2*HALF], COUNT pairs: the queries, times scale, and the keys of qkv [X 3 H 2*HALF], rotated."""
     launch_dependents(PDL)
-    x = tl.program_id(0).to(tl.int64)
-    HALF: tl.constexpr = D // 2
-    i = tl.arange(0, PP)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < COUNT
+    head, i = j // HALF, j % HALF  # queries and keys of a patch one after the other
+    x, h = head // (2 * H), head % (2 * H)
+    own = qkv + x.to(tl.int64) * (3 * H * 2 * HALF) + (h * (2 * HALF) + i)
+    angle = x * HALF + i
     wait(PDL)
-    c = tl.load(cos + x * HALF + i, mask=i < HALF, other=0.0)[None, :]
-    s = tl.load(sin + x * HALF + i, mask=i < HALF, other=0.0)[None, :]
-    a, b, at, mask = _heads(qkv + x * 3 * H * D, 2 * H, HALF, HP, PP)
-    _store(out + x * 2 * H * D, at, mask, a, b, c, s, tl.where(tl.arange(0, HP) < H, scale, 1.0)[:, None], HALF)
+    a = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(own + HALF, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    _store(out + head.to(tl.int64) * (2 * HALF), i, inside, a, b, c, s, tl.where(h < H, scale, 1.0), HALF)
+
+
+BLOCK = 512
 
 
 def rotate_heads(
@@ -113,10 +120,10 @@ def rotate_heads(
     count, width = qkv.shape
     size = width // (3 * heads)
     out = empty_rows(qkv, count, 2, heads, size)
-    rotate_heads_kernel[(count,)](
-        qkv, cos, sin, out, scale, H=heads, D=size, HP=triton.next_power_of_2(2 * heads),
-        PP=triton.next_power_of_2(size // 2), **options(pdl),
-    )  # fmt: skip
+    pairs = out.numel() // 2
+    rotate_heads_kernel[(triton.cdiv(pairs, BLOCK),)](
+        qkv, cos, sin, out, scale, pairs, H=heads, HALF=size // 2, BLOCK=BLOCK, **options(pdl)
+    )
     return out[:, 0], out[:, 1]
 
 

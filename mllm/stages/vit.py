@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from mllm.batch import PatchBatch, VisionTokens
 from mllm.config import VisionConfig
-from mllm.kernels.ops import Ops, Plan, Stream
+from mllm.kernels.ops import Merged, Ops, Plan, Stream
 from mllm.weights import Block, VisionWeights
 
 
@@ -23,12 +20,11 @@ def vit(weights: VisionWeights, patches: PatchBatch, *, config: VisionConfig, op
     """Features of all images of a batch: M = X / merge**2 tokens, and J deepstack features for each."""
     plan = ops.vision_plan(patches, config=config)
     x = ops.patch_embed(patches, weights, config=config)
-    taps: dict[int, Tensor] = {}
+    taps: dict[int, Merged] = {}
     for index, w in enumerate(weights.blocks):
         x = block(x, w, plan, ops=ops)
         if index in config.deepstack_visual_indexes:
             taps[index] = ops.merge(x, weights.taps[config.deepstack_visual_indexes.index(index)])
-    embed = ops.merge(x, weights.merger)
-    # in the order of the layers they were taken from, which is the order of the layers they go to
-    deep = torch.stack(list(taps.values())) if taps else embed.new_empty(0, *embed.shape)
-    return VisionTokens(embed=embed, deep=deep, at=patches.at)
+    # the taps in the order of the layers they were taken from, which is the order of the layers they go to
+    made = ops.features([ops.merge(x, weights.merger), *taps.values()])
+    return VisionTokens(embed=made[0], deep=made[1:], at=patches.at)
