@@ -251,7 +251,7 @@ def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
     assert [n for n in (40, 160, 256, 384, 512, 1024, 2048) if pays("gate", x(n), 6144)] == [40, 256, 512, 1024, 2048]
     assert [n for n in (256, 384, 512, 1024, 2048) if pays("heads", x(n), 4096)] == [256, 512, 1024, 2048]
     assert not any(pays("heads", x(n, 4096), 6144) for n in (256, 512, 1024))  # much of the chip would be idle
-    assert [rows for rows in (256, 512, 1024, 4096) if pays("other", x(rows, 1024), 4096)] == [256]
+    assert [n for n in (256, 512, 640, 896, 1024, 4096) if pays("other", x(n, 1024), 4096)] == [256, 896, 1024]
     assert [rows for rows in (576, 1024, 1600, 4096) if pays("turn", x(rows, 1024), 3072)] == [576, 1024, 4096]
     assert pays("sum", x(1000, 1024), 1024)  # few outputs
     assert [rows for rows in (512, 640, 1024, 4096) if pays("sum", x(rows, 6144), 2048)] == [512, 1024, 4096]

@@ -110,9 +110,6 @@ def rotate_heads_kernel(qkv, cos, sin, out, scale, COUNT, H: tl.constexpr, HALF:
     _store(out + head.to(tl.int64) * (2 * HALF), i, inside, a, b, c, s, tl.where(h < H, scale, 1.0), HALF)
 
 
-BLOCK = 512
-
-
 def rotate_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, scale: float = 1.0, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -121,8 +118,9 @@ def rotate_heads(
     size = width // (3 * heads)
     out = empty_rows(qkv, count, 2, heads, size)
     pairs = out.numel() // 2
-    rotate_heads_kernel[(triton.cdiv(pairs, BLOCK),)](
-        qkv, cos, sin, out, scale, pairs, H=heads, HALF=size // 2, BLOCK=BLOCK, **options(pdl)
+    block = 512 if count < 512 else 1024  # for a program; fewer start sooner, more are fewer to start
+    rotate_heads_kernel[(triton.cdiv(pairs, block),)](
+        qkv, cos, sin, out, scale, pairs, H=heads, HALF=size // 2, BLOCK=block, **options(pdl)
     )
     return out[:, 0], out[:, 1]
 

@@ -52,9 +52,8 @@ def _launch(
     once = tile.turns(rows, outputs) == 1
     # a program that leaves registers lets the next kernel's start beside it; one of wide tiles needs them
     lean = tile.columns <= 64 and ending != "gate"
-    each = (
-        inputs if parts == 1 or apart else triton.cdiv(inputs, parts * INPUTS) * INPUTS
-    )  # beyond the last there are zeros
+    # of a part; beyond the last there are zeros
+    each = inputs if parts == 1 or apart else triton.cdiv(inputs, parts * INPUTS) * INPUTS
     work = 1 if once else math.prod(grid), down, across, outputs, each, between, y.stride(0) if parts > 1 else 0
     tall_kernel[grid if once else (MULTIPROCESSORS,)](
         descriptor(x, tile.rows, INPUTS), pieces[0], pieces[-1], y, end, norm, work, rows, REST=sum(tile.outputs[1:]),

@@ -24,7 +24,7 @@ SOME = 1536
 WORK = 2_500_000_000
 """Multiplications up to which outputs are few in that sense, or what is not wanted doesn't matter."""
 MOSTLY, FULL = 0.75, 0.94
-"""Shares of the outputs of the chip's turns that must be wanted: for few rows or a gate, and for others."""
+"""Shares of the outputs of the chip's turns that must be wanted: for few rows, a gate or the widest tile, and for others."""
 BUSY, BUSY_TURNING = 0.85, 0.7
 """Shares of the time that the tensor cores must be busy, by `_clocks`, for ours to be faster elsewhere."""
 
@@ -105,6 +105,8 @@ def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
     narrow = rows <= FEW if gate else inputs <= 2048  # programs with 32 outputs beside 64 wait for L2 in others
     taken = [tile for tile in TILES[ending] if narrow or 32 not in tile.outputs]
     taken = [tile for tile in taken if 16 not in tile.outputs or outputs % tile.columns == 0]  # for widths like 1,152
+    if ending == "sum" and rows > FEW:  # of those that read as much, that with more weights, which come before x does
+        taken = sorted(taken, key=lambda tile: tile.groups)
     tiles = [tile._replace(parts=n) for tile in taken for n in parts]
     tile = min(tiles, key=read)
     if tile.turns(rows, outputs) == 1:
@@ -144,7 +146,7 @@ def _is_faster(ending: str, rows: int, outputs: int, inputs: int) -> bool:
     if turns == 1 and rows <= FEW:
         return wanted >= MOSTLY or work <= WORK
     if ending == "other":  # cuBLAS ends it as well
-        return False
+        return turns == 1 and tile.columns == WIDEST[-1].columns and wanted >= MOSTLY
     if turns == 1 and ending != "turn" and wanted >= FULL:
         return True
     busy = work / (TENSOR * MULTIPROCESSORS) / _clocks(tile, rows, outputs, inputs, gate=False)
