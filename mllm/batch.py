@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from attrs import frozen
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mllm.cache import SINK
@@ -91,6 +92,8 @@ class VisionTokens(State):
     def padded(self, count: int) -> VisionTokens:
         """As `count` of them, those that are added at negative places, where nothing is put."""
         free = count - len(self.at)
+        if not free:
+            return self
         embed, deep = (torch.nn.functional.pad(t, (0, 0, 0, free)) for t in (self.embed, self.deep))
         return VisionTokens(embed=embed, deep=deep, at=torch.nn.functional.pad(self.at, (0, free), value=-1))
 
@@ -145,29 +148,42 @@ def pack(
     Logits are wanted after the last token of each chunk, or after every token with `every`. With `size` it is padded:
     tokens that belong to no row and go to the sink, rows without tokens, whose logits nobody reads.
     """
-    start = [int(table.length[c.row]) for c in chunks]
+    rows, held = [c.row for c in chunks], table.length.numpy()  # NumPy, as each step costs PyTorch four times as much
+    start = [int(held[row]) for row in rows]
     count = [len(c.tokens) for c in chunks]
     total = [s + n for s, n in zip(start, count, strict=True)]
     listed = max(map(table.pages_for, total))
     host_rows = tuple(zip(count, total, strict=True)) if size is None else None
-    size = size or Size(sum(count), len(chunks), listed)
-    pages = torch.full((size.rows, size.listed), SINK, dtype=torch.int32)
-    pages[: len(chunks), :listed] = table.pages[[c.row for c in chunks], :listed]
-    slots = [slots_of(table, c.row, s, s + n) for c, s, n in zip(chunks, start, count, strict=True)]
+    size = size or Size(sum(count), len(rows), listed)
+    slots = [_slots(table, row, s, s + n) for row, s, n in zip(rows, start, count, strict=True)]
     ends = np.cumsum([0, *count])
-    last = torch.arange(ends[-1]) if every else torch.from_numpy(ends[1:] - 1)
-    free, idle = size.tokens - int(ends[-1]), size.rows - len(chunks)
+    last = np.arange(ends[-1]) if every else ends[1:] - 1
     batch = ForwardBatch(
-        tokens=_padded(torch.cat([c.tokens for c in chunks]), free),
-        positions=_padded(torch.cat([c.positions for c in chunks], dim=1), free),
-        slots=_padded(torch.cat(slots), free),
-        pages=pages,
-        lengths=_padded(torch.tensor(total, dtype=torch.int32), idle),
-        q_indptr=torch.from_numpy(np.append(ends, [ends[-1]] * idle).astype(np.int32)),
-        last=last if every else _padded(last, idle),
+        tokens=padded_to(size.tokens, np.concatenate([c.tokens.numpy() for c in chunks])),
+        positions=padded_to(size.tokens, np.concatenate([c.positions.numpy() for c in chunks], axis=1)),
+        slots=padded_to(size.tokens, np.concatenate(slots)),
+        pages=_listed(table, rows, size.rows, size.listed),
+        lengths=padded_to(size.rows, np.array(total, np.int32)),
+        q_indptr=padded_to(size.rows + 1, ends.astype(np.int32), by=ends[-1]),
+        last=torch.from_numpy(last) if every else padded_to(size.rows, last),
         host_rows=host_rows,
     )
     return upload(batch, device)
+
+
+def padded_to(count: int, values: NDArray[Any], by: int = 0) -> Tensor:
+    """Values [... n] as [... count], with `by` behind them."""
+    padded = np.full((*values.shape[:-1], count), by, values.dtype)
+    padded[..., : values.shape[-1]] = values
+    return torch.from_numpy(padded)
+
+
+def _listed(table: RequestTable, rows: Sequence[int], count: int, listed: int) -> Tensor:
+    """The pages [count listed] of some rows, with the sink beyond those and for rows beyond."""
+    pages = np.full((count, listed), SINK, np.int32)
+    there = table.pages.numpy()[list(rows), :listed]
+    pages[: len(rows), : there.shape[1]] = there
+    return torch.from_numpy(pages)
 
 
 def upload(host: S, device: str | torch.device) -> S:
@@ -191,8 +207,12 @@ def upload_all(tensors: Sequence[Tensor], device: str | torch.device) -> list[Te
 
 def slots_of(table: RequestTable, row: int, start: int, stop: int) -> Tensor:
     """Pool slots of tokens [start, stop) of a row: int64 [stop - start], on the host."""
-    at = torch.arange(start, stop)
-    return table.pages[row].long()[at // table.page_size] * table.page_size + at % table.page_size
+    return torch.from_numpy(_slots(table, row, start, stop))
+
+
+def _slots(table: RequestTable, row: int, start: int, stop: int) -> NDArray[np.int64]:
+    page, place = np.divmod(np.arange(start, stop), table.page_size)
+    return table.pages.numpy()[row, page].astype(np.int64) * table.page_size + place
 
 
 def decode_batch(
@@ -210,25 +230,18 @@ def decode_batch(
     `tokens[i]` is the newest token of `rows[i]`, whose keys and values are not in the pool yet; `delta[i]` is what
     its M-RoPE position exceeds its index by (0 without images, negative after them).
     """
-    pad = size - len(rows)
-    index = table.length[list(rows)]
-    pages = torch.full((size, listed), SINK, dtype=torch.int32)
-    width = min(listed, table.pages.shape[1])
-    pages[: len(rows), :width] = table.pages[list(rows), :width]
-    at = index.long()
-    slots = pages[torch.arange(len(rows)), at // table.page_size].long() * table.page_size + at % table.page_size
-    position = index + torch.tensor(list(delta), dtype=torch.int32)
+    index = table.length.numpy()[list(rows)]
+    pages = _listed(table, rows, size, listed)
+    page, place = np.divmod(index.astype(np.int64), table.page_size)
+    slots = pages.numpy()[np.arange(len(rows)), page].astype(np.int64) * table.page_size + place
+    position = padded_to(size, index + np.array(delta, np.int32))
     batch = ForwardBatch(
-        tokens=torch.tensor([*tokens, *[0] * pad], dtype=torch.int32),
-        positions=_padded(position, pad).expand(3, -1).contiguous(),
-        slots=_padded(slots, pad),
+        tokens=padded_to(size, np.array(tokens, np.int32)),
+        positions=position.expand(3, -1).contiguous(),
+        slots=padded_to(size, slots),
         pages=pages,
-        lengths=_padded(index + 1, pad),
+        lengths=padded_to(size, index + 1),
         q_indptr=torch.arange(size + 1, dtype=torch.int32),
         last=torch.arange(size),
     )
     return upload(batch, device)
-
-
-def _padded(values: Tensor, count: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, count))

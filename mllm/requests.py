@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mllm import images, prompts
-from mllm.batch import PatchBatch, upload_all
+from mllm.batch import PatchBatch, padded_to, upload_all
 from mllm.errors import ImageError, PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import Model
@@ -190,17 +190,16 @@ def join_patches(
     bounds = np.cumsum([0, *[len(part) for part in parts]], dtype=np.int32)
     patches, count = size or (int(bounds[-1]), len(parts))
     free = patches - int(bounds[-1])
-    coords = np.concatenate([images.coordinates(grid, config) for grid in grids], axis=1)
     host = (
-        np.pad(coords, ((0, 0), (0, free))),
-        np.append(bounds, np.repeat(bounds[-1:], count - len(parts))),
-        np.pad(at, (0, free // config.merge**2), constant_values=-1),
+        padded_to(patches, np.concatenate([images.coordinates(grid, config) for grid in grids], axis=1)),
+        padded_to(count + 1, bounds, by=bounds[-1]),
+        padded_to(patches // config.merge**2, at, by=-1),
     )
-    coords_there, indptr, where = upload_all([torch.from_numpy(array) for array in host], device)
+    coords, indptr, where = upload_all(host, device)
     padding = [parts[0].new_zeros(free, parts[0].shape[1])] if free else []
     return PatchBatch(
-        patches=torch.cat([*parts, *padding]),
-        coords=coords_there,
+        patches=torch.cat([*parts, *padding]) if len(parts) + len(padding) > 1 else parts[0],
+        coords=coords,
         indptr=indptr,
         at=where,
         mean=config.mean,
