@@ -51,7 +51,7 @@ def _place(t, work, BM: gl.constexpr, BN: gl.constexpr, ONCE: gl.constexpr):
     if ONCE:
         m, n, part = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     else:
-        _, MT, NT, _, _ = work
+        _, MT, NT, _, _, _, _ = work
         part = t // (MT * NT)
         t = t % (MT * NT)
         first = t // (BAND * NT) * BAND
