@@ -79,7 +79,7 @@ def multiprocessors(device: torch.device) -> int:
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """By which `rows` by `columns` of x [... columns] are copied at once; all but its first dimension lie side by side."""
     return TensorDescriptor(
-        x, [rows_of(x, rows), x[0].numel()], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
+        x, [rows_of(x, rows), x.shape[1:].numel()], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
     )
 
 

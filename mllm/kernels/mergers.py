@@ -50,15 +50,21 @@ def merged(x: Stream, weights: Merger | TapMerger, *, pdl: bool) -> Tensor:
 def features(parts: Sequence[Tensor | Unmerged], *, pdl: bool) -> Tensor:
     """What `merge` left of n streams, [n M E]."""
     waiting = [part for part in parts if isinstance(part, Unmerged)]
-    if 1 < len(waiting) == len(parts):
-        weights = [part.weights for part in waiting]
-        up, up_bias = as_one([w.up for w in weights]), as_one([w.up_bias for w in weights])
-        down, down_bias = as_one([w.down for w in weights]), as_one([w.down_bias for w in weights])
-        if up is not None and up_bias is not None and down is not None and down_bias is not None:
-            x = normed(waiting, pdl=pdl)
-            y = tall.linears(x, up, up_bias, empty_groups(x, *x.shape), gelu="none", pdl=pdl)
-            return tall.linears(y, down, down_bias, x.new_empty(*x.shape[:2], down.shape[1]), pdl=pdl)
+    if 1 < len(waiting) == len(parts) and (stacks := _stacks([part.weights for part in waiting])):
+        up, up_bias, down, down_bias = stacks
+        x = normed(waiting, pdl=pdl)
+        y = tall.linears(x, up, up_bias, empty_groups(x, *x.shape), gelu="none", pdl=pdl)
+        return tall.linears(y, down, down_bias, x.new_empty(*x.shape[:2], down.shape[1]), pdl=pdl)
     return torch.stack([part.made() if isinstance(part, Unmerged) else part for part in parts])
+
+
+def _stacks(weights: Sequence[Merger | TapMerger]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """(up, its biases, down, its biases) of all mergers, where those lie one after the other in memory."""
+    up, up_bias = as_one([w.up for w in weights]), as_one([w.up_bias for w in weights])
+    down, down_bias = as_one([w.down for w in weights]), as_one([w.down_bias for w in weights])
+    if up is None or up_bias is None or down is None or down_bias is None:
+        return None
+    return up, up_bias, down, down_bias
 
 
 @triton.jit
