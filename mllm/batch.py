@@ -162,7 +162,7 @@ def pack(
         tokens=padded_to(size.tokens, np.concatenate([c.tokens.numpy() for c in chunks])),
         positions=padded_to(size.tokens, np.concatenate([c.positions.numpy() for c in chunks], axis=1)),
         slots=padded_to(size.tokens, np.concatenate(slots)),
-        pages=_listed(table, rows, size.rows, size.listed),
+        pages=_listed(table, rows, listed, (size.rows, size.listed)),
         lengths=padded_to(size.rows, np.array(total, np.int32)),
         q_indptr=padded_to(size.rows + 1, ends.astype(np.int32), by=ends[-1]),
         last=torch.from_numpy(last) if every else padded_to(size.rows, last),
@@ -178,9 +178,9 @@ def padded_to(count: int, values: NDArray[Any], by: int = 0) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def _listed(table: RequestTable, rows: Sequence[int], count: int, listed: int) -> Tensor:
-    """The pages [count listed] of some rows, with the sink beyond those and for rows beyond."""
-    pages = np.full((count, listed), SINK, np.int32)
+def _listed(table: RequestTable, rows: Sequence[int], listed: int, shape: tuple[int, int]) -> Tensor:
+    """The first pages of some rows, `listed` of each, in so many rows and columns, which list the sink elsewhere."""
+    pages = np.full(shape, SINK, np.int32)
     there = table.pages.numpy()[list(rows), :listed]
     pages[: len(rows), : there.shape[1]] = there
     return torch.from_numpy(pages)
@@ -231,7 +231,7 @@ def decode_batch(
     its M-RoPE position exceeds its index by (0 without images, negative after them).
     """
     index = table.length.numpy()[list(rows)]
-    pages = _listed(table, rows, size, listed)
+    pages = _listed(table, rows, listed, (size, listed))
     page, place = np.divmod(index.astype(np.int64), table.page_size)
     slots = pages.numpy()[np.arange(len(rows)), page].astype(np.int64) * table.page_size + place
     position = padded_to(size, index + np.array(delta, np.int32))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiny import examples
 
-from mllm.batch import slots_of
+from mllm.batch import Chunk, Size, pack, slots_of
 from mllm.cache import SINK
 from mllm.errors import DonatedError, TableError
 from mllm.stages import admit, commit, extend, release
@@ -178,6 +178,23 @@ def test_tokens_stand_in_the_slots_of_their_pages_in_order() -> None:
     table, (row,) = admit(RequestTable.empty(rows=1, pages=3, page_size=4), [9])
     pages = owned(table)[row]
     assert slots_of(table, row, 0, 9).tolist() == [pages[i // 4] * 4 + i % 4 for i in range(9)]
+
+
+def test_a_padded_batch_lists_its_own_pages_and_elsewhere_the_sink() -> None:
+    table, (a, b) = admit(RequestTable.empty(rows=3, pages=9, page_size=4), [12, 7])
+    table = commit(table, [a], [3])
+    tokens = [torch.arange(2, dtype=torch.int32) + 1, torch.arange(5, dtype=torch.int32) + 3]
+    chunks = [Chunk(row=r, tokens=t, positions=t.expand(3, -1)) for r, t in zip((a, b), tokens, strict=True)]
+    batch = pack(table, chunks, device="cpu", size=Size(tokens=8, rows=4, listed=3))
+    pages = owned(table)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+    assert batch.positions[2].tolist() == batch.tokens.tolist()
+    assert batch.slots.tolist() == [*slots_of(table, a, 3, 5).tolist(), *slots_of(table, b, 0, 5).tolist(), 0]
+    # of the three pages that row a holds its five tokens are in two
+    assert batch.pages.tolist() == [[*pages[a][:2], SINK], [*pages[b][:2], SINK], [SINK] * 3, [SINK] * 3]
+    assert batch.lengths.tolist() == [5, 5, 0, 0]
+    assert batch.q_indptr.tolist() == [0, 2, 7, 7, 7]
+    assert batch.last.tolist() == [1, 6, 0, 0]
 
 
 def test_a_long_request_is_not_overtaken() -> None:
