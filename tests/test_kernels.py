@@ -247,6 +247,32 @@ def test_streams_are_merged_with_what_is_to_be_added_to_them(
         want.append(reference_vision.merge(x + total, merger))
         assert error(mergers.merged(stream, merger, pdl=False), want[-1]) < 1e-5
     assert error(mergers.features(waiting, pdl=False), torch.stack(want)) < 1e-5
+    for those, wanted in ((waiting[:1], want[:1]), ([waiting[0], want[1]], want[:2]), (waiting[::-1], want[::-1])):
+        assert (
+            error(mergers.features(those, pdl=False), torch.stack(wanted)) < 1e-5
+        )  # one, one made before, not in order
+
+
+def test_streams_of_different_forms_are_merged_one_by_one(device: str, ops: functools.partial[Ops]) -> None:
+    from mllm.kernels import mergers
+    from mllm.kernels.norm import Pending
+
+    generator = torch.Generator().manual_seed(0)
+    up, up_bias, down, down_bias, norm = (
+        torch.randn(*n, generator=generator).to(device) / 8
+        for n in ((2, 64, 64), (2, 64), (2, 32, 64), (2, 32), (4, 64))
+    )
+    x = torch.randn(12, 16, generator=generator).to(device)
+    weights = [
+        TapMerger(
+            norm=norm[i], norm_bias=norm[2 + i], up=up[i], up_bias=up_bias[i], down=down[i], down_bias=down_bias[i]
+        )
+        for i in range(2)
+    ]
+    streams = x, Pending(x, x[None], None)
+    got = mergers.features([mergers.Unmerged(s, w) for s, w in zip(streams, weights, strict=True)], pdl=False)
+    want = [reference_vision.merge(s, w) for s, w in zip((x, 2 * x), weights, strict=True)]
+    assert error(got, torch.stack(want)) < 1e-5
 
 
 @pytest.mark.cuda

@@ -50,12 +50,18 @@ def merged(x: Stream, weights: Merger | TapMerger, *, pdl: bool) -> Tensor:
 def features(parts: Sequence[Tensor | Unmerged], *, pdl: bool) -> Tensor:
     """What `merge` left of n streams, [n M E]."""
     waiting = [part for part in parts if isinstance(part, Unmerged)]
-    if 1 < len(waiting) == len(parts) and (stacks := _stacks([part.weights for part in waiting])):
+    alike = len({_form(part.x) for part in waiting}) == 1
+    if alike and 1 < len(waiting) == len(parts) and (stacks := _stacks([part.weights for part in waiting])):
         up, up_bias, down, down_bias = stacks
         x = normed(waiting, pdl=pdl)
         y = tall.linears(x, up, up_bias, empty_groups(x, *x.shape), gelu="none", pdl=pdl)
         return tall.linears(y, down, down_bias, x.new_empty(*x.shape[:2], down.shape[1]), pdl=pdl)
-    return torch.stack([part.made() if isinstance(part, Unmerged) else part for part in parts])
+    return torch.stack([merged(*part, pdl=pdl) if isinstance(part, Unmerged) else part for part in parts])
+
+
+def _form(x: Stream) -> tuple[int, bool] | None:
+    """What is to be added to a stream: in how many parts, and whether there is a bias."""
+    return (len(x.parts), x.bias is not None) if isinstance(x, Pending) else None
 
 
 def _stacks(weights: Sequence[Merger | TapMerger]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
