@@ -233,7 +233,6 @@ _TEXT: dict[str, Callable[[Arguments], OpCase]] = {
 _VISION: dict[str, Callable[[Arguments], OpCase]] = {
     "resize": _resize, "cut": _cut, "patch_embed": _patch_embed, "vision_plan": _vision_plan,
     "layer_norm_linear": _layer_norm_linear, "attend_images": _attend_images, "linear_bias_add": _linear_bias_add,
-    "layer_norm_gelu": _layer_norm_gelu, "merge": _merge,
-    "features": _features,
+    "layer_norm_gelu": _layer_norm_gelu, "merge": _merge, "features": _features,
 }  # fmt: skip
 _EITHER = ("put_", "add_", "resize", "cut")  # what is done to prompts and pictures before anything is captured

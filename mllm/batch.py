@@ -155,7 +155,7 @@ def pack(
     listed = max(map(table.pages_for, total))
     host_rows = tuple(zip(count, total, strict=True)) if size is None else None
     size = size or Size(sum(count), len(rows), listed)
-    slots = [_slots(table, row, s, s + n) for row, s, n in zip(rows, start, count, strict=True)]
+    slots = [slots_of(table, row, s, s + n).numpy() for row, s, n in zip(rows, start, count, strict=True)]
     ends = np.cumsum([0, *count])
     last = np.arange(ends[-1]) if every else ends[1:] - 1
     batch = ForwardBatch(
@@ -176,6 +176,11 @@ def padded_to(count: int, values: NDArray[Any], by: int = 0) -> Tensor:
     padded = np.full((*values.shape[:-1], count), by, values.dtype)
     padded[..., : values.shape[-1]] = values
     return torch.from_numpy(padded)
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parts as one tensor; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _listed(table: RequestTable, rows: Sequence[int], listed: int, shape: tuple[int, int]) -> Tensor:
@@ -207,12 +212,15 @@ def upload_all(tensors: Sequence[Tensor], device: str | torch.device) -> list[Te
 
 def slots_of(table: RequestTable, row: int, start: int, stop: int) -> Tensor:
     """Pool slots of tokens [start, stop) of a row: int64 [stop - start], on the host."""
-    return torch.from_numpy(_slots(table, row, start, stop))
+    return torch.from_numpy(_slots(table.pages.numpy(), row, np.arange(start, stop), table.page_size))
 
 
-def _slots(table: RequestTable, row: int, start: int, stop: int) -> NDArray[np.int64]:
-    page, place = np.divmod(np.arange(start, stop), table.page_size)
-    return table.pages.numpy()[row, page].astype(np.int64) * table.page_size + place
+def _slots(
+    pages: NDArray[np.int32], rows: int | NDArray[np.int64], tokens: NDArray[np.int64], page_size: int
+) -> NDArray[np.int64]:
+    """The slots of tokens [n] of one row, or one of each row, of the pages [rows N]."""
+    page, place = np.divmod(tokens, page_size)
+    return pages[rows, page].astype(np.int64) * page_size + place
 
 
 def decode_batch(
@@ -232,8 +240,7 @@ def decode_batch(
     """
     index = table.length.numpy()[list(rows)]
     pages = _listed(table, rows, listed, (size, listed))
-    page, place = np.divmod(index.astype(np.int64), table.page_size)
-    slots = pages.numpy()[np.arange(len(rows)), page].astype(np.int64) * table.page_size + place
+    slots = _slots(pages.numpy(), np.arange(len(rows)), index.astype(np.int64), table.page_size)
     position = padded_to(size, index + np.array(delta, np.int32))
     batch = ForwardBatch(
         tokens=padded_to(size, np.array(tokens, np.int32)),

@@ -12,15 +12,14 @@ from attrs import frozen
 
 from mllm.buckets import CAPTURED_PATCHES
 from mllm.config import Config, TextConfig
+from mllm.kernels.room import ROWS
 
 SAMPLING = 113
 """Bytes for each row and vocabulary entry of a step that draws on a CPU: logits, and Philox rounds in int64 or sort and
 softmax. The kernels of a GPU draw with little more than the logits."""
 SPLITS = 32
 """Parts that a GPU's attention cuts a context into, at most."""
-TILE = 128
-"""Rows of the largest tile that a GPU copies, of which its activations are whole numbers."""
-PENDING = 132 * TILE**2
+PENDING = 132 * ROWS**2
 """Numbers that a product of few rows leaves in parts, at most: each multiprocessor of a Hopper makes a tile of them."""
 WORKSPACE = {"cpu": 0, "cuda": 96 * 2**20}
 """Bytes that a device's libraries take at first use: cuBLAS 32 MiB and cuBLASLt as much on Hopper, compiled kernels."""
@@ -169,7 +168,7 @@ def mergers(config: Config, *, patches: int, itemsize: int) -> int:
         return 0
     s, tokens = config.vision.sizes, patches // config.vision.spatial_merge_size**2
     waiting = patches * 2 * s["Ev"] + PENDING
-    joined = -(-tokens // TILE) * TILE * s["Mv"]
+    joined = -(-tokens // ROWS) * ROWS * s["Mv"]
     return (1 + s["J"]) * itemsize * (waiting + 2 * joined) + 2 * features(config, tokens, itemsize)
 
 

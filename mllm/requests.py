@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mllm import images, prompts
-from mllm.batch import PatchBatch, padded_to, upload_all
+from mllm.batch import PatchBatch, joined, padded_to, upload_all
 from mllm.errors import ImageError, PromptError
 from mllm.image_config import ImageConfig
 from mllm.model import Model
@@ -198,7 +198,7 @@ def join_patches(
     coords, indptr, where = upload_all(host, device)
     padding = [parts[0].new_zeros(free, parts[0].shape[1])] if free else []
     return PatchBatch(
-        patches=torch.cat([*parts, *padding]) if len(parts) + len(padding) > 1 else parts[0],
+        patches=joined([*parts, *padding]),
         coords=coords,
         indptr=indptr,
         at=where,

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from mllm.batch import Chunk, VisionTokens, upload_all
+from mllm.batch import Chunk, VisionTokens, joined, upload_all
 from mllm.prompts import Expanded
 from mllm.requests import Request, image_indices
 
@@ -99,12 +99,8 @@ def crop(
     if not embed:
         return None
     (places,) = upload_all([torch.from_numpy(np.concatenate(at))], embed[0].device)
-    found = VisionTokens(embed=_joined(embed, 0), deep=_joined(deep, 1), at=places)
+    found = VisionTokens(embed=joined(embed), deep=joined(deep, 1), at=places)
     return found if merged is None else found.padded(merged)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def pictured(segments: Sequence[Segment]) -> int:

@@ -48,13 +48,19 @@ class Stacks(NamedTuple):
 
 def stacked(layers: tuple[Layer, ...]) -> Stacks | None:
     """The weights of all layers, where those of a name lie one after the other in memory, as `room` lays them."""
+    stacks = stacks_of(layers, Stacks._fields)
+    return None if stacks is None else Stacks(**stacks)
+
+
+def stacks_of(parts: Sequence[State], names: Sequence[str]) -> dict[str, Tensor] | None:
+    """The tensors of these names of all parts, by name, each as one [n ...]; None where those of one lie apart."""
     stacks = {}
-    for name in Stacks._fields:
-        stack = as_one([getattr(layer, name) for layer in layers])
+    for name in names:
+        stack = as_one([getattr(part, name) for part in parts])
         if stack is None:
             return None
         stacks[name] = stack
-    return Stacks(**stacks)
+    return stacks
 
 
 def as_one(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -247,10 +247,9 @@ def test_streams_are_merged_with_what_is_to_be_added_to_them(
         want.append(reference_vision.merge(x + total, merger))
         assert error(mergers.merged(stream, merger, pdl=False), want[-1]) < 1e-5
     assert error(mergers.features(waiting, pdl=False), torch.stack(want)) < 1e-5
+    # one; one made before; not in the order of their weights
     for those, wanted in ((waiting[:1], want[:1]), ([waiting[0], want[1]], want[:2]), (waiting[::-1], want[::-1])):
-        assert (
-            error(mergers.features(those, pdl=False), torch.stack(wanted)) < 1e-5
-        )  # one, one made before, not in order
+        assert error(mergers.features(those, pdl=False), torch.stack(wanted)) < 1e-5
 
 
 def test_streams_of_different_forms_are_merged_one_by_one(device: str, ops: functools.partial[Ops]) -> None:

@@ -20,7 +20,10 @@ from mllm.kernels.norm import Pending, Stream
 from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.kernels.reference_vision import EPS
 from mllm.kernels.room import empty_groups
-from mllm.weights import Merger, TapMerger, as_one
+from mllm.weights import Merger, TapMerger, stacks_of
+
+MATRICES = "up", "up_bias", "down", "down_bias"
+"""Of a merger, which lie with those of the others."""
 
 
 class Unmerged(NamedTuple):
@@ -51,8 +54,8 @@ def features(parts: Sequence[Tensor | Unmerged], *, pdl: bool) -> Tensor:
     """What `merge` left of n streams, [n M E]."""
     waiting = [part for part in parts if isinstance(part, Unmerged)]
     alike = len({_form(part.x) for part in waiting}) == 1
-    if alike and 1 < len(waiting) == len(parts) and (stacks := _stacks([part.weights for part in waiting])):
-        up, up_bias, down, down_bias = stacks
+    if alike and 1 < len(waiting) == len(parts) and (stacks := stacks_of([part.weights for part in waiting], MATRICES)):
+        up, up_bias, down, down_bias = stacks.values()
         x = normed(waiting, pdl=pdl)
         y = tall.linears(x, up, up_bias, empty_groups(x, *x.shape), gelu="none", pdl=pdl)
         return tall.linears(y, down, down_bias, x.new_empty(*x.shape[:2], down.shape[1]), pdl=pdl)
@@ -62,15 +65,6 @@ def features(parts: Sequence[Tensor | Unmerged], *, pdl: bool) -> Tensor:
 def _form(x: Stream) -> tuple[int, bool] | None:
     """What is to be added to a stream: in how many parts, and whether there is a bias."""
     return (len(x.parts), x.bias is not None) if isinstance(x, Pending) else None
-
-
-def _stacks(weights: Sequence[Merger | TapMerger]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """(up, its biases, down, its biases) of all mergers, where those lie one after the other in memory."""
-    up, up_bias = as_one([w.up for w in weights]), as_one([w.up_bias for w in weights])
-    down, down_bias = as_one([w.down for w in weights]), as_one([w.down_bias for w in weights])
-    if up is None or up_bias is None or down is None or down_bias is None:
-        return None
-    return up, up_bias, down, down_bias
 
 
 @triton.jit
