@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mllm.kernels.hopper import finished, mma, nothing
+from mllm.kernels.hopper import finished, lines, mma, nothing
 
 
 @gluon.jit
@@ -65,7 +65,7 @@ def _clean(vs, stage, live, group: gl.constexpr, GROUPS: gl.constexpr, cleaned):
     """
     ROWS: gl.constexpr = vs[0].shape[1] // GROUPS
     W: gl.constexpr = vs[0].shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = lines(W)
     part = vs[0].index(stage).slice(group * ROWS, ROWS)
     row = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     value = part.load(layout)
@@ -88,11 +88,12 @@ def _queries_beyond(q, start, m, count, h, QS: gl.constexpr, D: gl.constexpr, W:
 @gluon.jit
 def _store(out, acc, start, m, count, first, end, stride):
     """Columns from `first` on, as far as they are below `end`, of the rows start + m [64] of out below start + count."""
-    layout: gl.constexpr = acc.type.layout
+    layout: gl.constexpr = lines(acc.shape[1])
     m = gl.convert_layout(m, gl.SliceLayout(1, layout))
     d = first + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
     at = out + (start + m).to(gl.int64)[:, None] * stride + d[None, :]
-    gl.store(at, acc.to(out.dtype.element_ty), mask=(m < count)[:, None] & (d < end)[None, :])
+    value = gl.convert_layout(acc.to(out.dtype.element_ty), layout)
+    gl.store(at, value, mask=(m < count)[:, None] & (d < end)[None, :])
 
 
 @gluon.jit

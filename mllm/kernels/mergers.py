@@ -69,16 +69,23 @@ def _form(x: Stream) -> tuple[int, bool] | None:
 
 @triton.jit
 def _norm_joined(x, parts, shift, weight, bias, y, joined, m, M, E, eps, COUNT: tl.constexpr, CP: tl.constexpr,
-                 EP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+                 EP: tl.constexpr, PARTS: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Row m of y [M COUNT*E]: COUNT rows of x and what is to be added to them, each normalised, or all together."""
     n, e = tl.arange(0, CP)[:, None], tl.arange(0, EP)[None, :]
     inside = (n < COUNT) & (e < E)
     at = m * COUNT * E + n * E + e
+    own = tl.where(joined != 0, n * E, 0) + e
+    w = tl.load(weight + own, mask=inside, other=0.0)
+    centre = tl.load(bias + own, mask=inside, other=0.0)
+    added = e
+    if SHIFT:
+        added = tl.load(shift + e, mask=e < E, other=0.0)
+    wait(PDL)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         v += tl.load(parts + part * M * COUNT * E + at, mask=inside, other=0.0).to(tl.float32)
     if SHIFT:
-        v += tl.load(shift + e, mask=inside, other=0.0).to(tl.float32)
+        v += added.to(tl.float32)
     if PARTS > 0:
         v = v.to(x.dtype.element_ty).to(tl.float32)  # as the stream goes on
     size = tl.where(joined != 0, COUNT * E, E)
@@ -87,9 +94,7 @@ def _norm_joined(x, parts, shift, weight, bias, y, joined, m, M, E, eps, COUNT: 
     v = tl.where(inside, v - mean, 0.0)
     squares = tl.sum(v * v, 1) / size
     squares = tl.where(joined != 0, tl.sum(squares, 0), squares)[:, None]
-    own = tl.where(joined != 0, n * E, 0) + e
-    v *= tl.rsqrt(squares + eps) * tl.load(weight + own, mask=inside, other=0.0).to(tl.float32)
-    v += tl.load(bias + own, mask=inside, other=0.0).to(tl.float32)
+    v = v * tl.rsqrt(squares + eps) * w.to(tl.float32) + centre.to(tl.float32)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=inside)
 
 
@@ -99,13 +104,12 @@ def norm_joined_kernel(xs, parts, shifts, weights, biases, joined, y, M, apart, 
                        PDL: tl.constexpr):  # fmt: skip
     """y [N M COUNT*E], `apart` from each other, of N streams of M*COUNT rows, each by `_norm_joined`."""
     launch_dependents(PDL)
-    wait(PDL)
     m = tl.program_id(0).to(tl.int64)
     apart = apart.to(tl.int64)
     for i in tl.static_range(N):
         if tl.program_id(1) == i:
             _norm_joined(xs[i], parts[i], shifts[i], weights[i], biases[i], y + i * apart, joined[i], m, M, E, eps, COUNT,
-                         CP, EP, PARTS, SHIFT)  # fmt: skip
+                         CP, EP, PARTS, SHIFT, PDL)  # fmt: skip
 
 
 def normed(waiting: Sequence[Unmerged], *, pdl: bool) -> Tensor:

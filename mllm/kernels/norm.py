@@ -25,21 +25,26 @@ def norm_kernel(x, parts, shift, weight, bias, y, total, B, E, eps, EP: tl.const
     e = tl.arange(0, EP)
     inside = e < E
     launch_dependents(PDL)
-    w = tl.load(weight + e, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + e, mask=inside, other=0.0)
+    added, centre = w, w
+    if SHIFT:
+        added = tl.load(shift + e, mask=inside, other=0.0)
+    if CENTRE:
+        centre = tl.load(bias + e, mask=inside, other=0.0)
     wait(PDL)
     v = tl.load(x + b * E + e, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         v += tl.load(parts + (part * B + b) * E + e, mask=inside, other=0.0).to(tl.float32)
     if SHIFT:
-        v += tl.load(shift + e, mask=inside, other=0.0).to(tl.float32)
+        v += added.to(tl.float32)
     if PARTS > 0:
         v = v.to(total.dtype.element_ty).to(tl.float32)  # what is normalised is what the next layer adds to
         tl.store(total + b * E + e, v.to(total.dtype.element_ty), mask=inside)
     if CENTRE:
         v = tl.where(inside, v - tl.sum(v, 0) / E, 0.0)
-    v *= tl.rsqrt(tl.sum(v * v, 0) / E + eps) * w
+    v *= tl.rsqrt(tl.sum(v * v, 0) / E + eps) * w.to(tl.float32)
     if CENTRE:
-        v += tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
+        v += centre.to(tl.float32)
     tl.store(y + b * E + e, v.to(y.dtype.element_ty), mask=inside)
 
 

@@ -9,14 +9,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mllm.kernels import flash, tall_tiles
-from mllm.kernels.hopper import mma, nothing
+from mllm.kernels.hopper import lines, mma, nothing
 
 LOG2E, HEAD = gl.constexpr(flash.LOG2E), gl.constexpr(tall_tiles.HEAD)
 
 
 @gluon.constexpr_function
-def adds(END):
-    return END in ("add", "bias_add", "scale")
+def waits(END):
+    """Whether what `begin` or `meanwhile` load is of kernels before this one."""
+    return END in ("add", "bias_add", "scale", "turn", "heads")
 
 
 @gluon.constexpr_function
@@ -26,14 +27,16 @@ def _columns(accs):
 
 @gluon.jit
 def begin(ws, end, m, firsts, M, N, END: gl.constexpr):
-    """What the products of each piece are added to [64 n]: nothing, or where END `adds` what the last of `end`, [M N], has
-    there. That is on its way while the first tiles are."""
+    """What the products of each piece are added to [64 n]: the stream, the last of `end` [M N], the bias, its first [N], or
+    nothing. They are on their way while the first tiles are."""
     accs = ()
     for j in gl.static_range(len(ws)):
-        if adds(END):
-            accs += (_there(end[-1], m, firsts[j], M, N, ws[j].shape[1]),)  # type: ignore[assignment]
-        else:
-            accs += (nothing(ws[j].shape[1]),)  # type: ignore[assignment]
+        acc = nothing(ws[j].shape[1])
+        if END == "add" or END == "bias_add" or END == "scale":
+            acc = _there(end[-1], m, firsts[j], M, N, ws[j].shape[1])
+        if END != "plain" and END != "add" and END != "scale" and END != "gate" and END != "heads":
+            acc += _row(acc, end[0], firsts[j], N)[None, :]
+        accs += (acc,)  # type: ignore[assignment]
     return accs
 
 
@@ -47,30 +50,57 @@ def _there(x, m, n0, M, N, BN: gl.constexpr):
 
 
 @gluon.jit
-def finish(accs, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.constexpr):
-    """Write the pieces accs [64 n] of the rows from m on, whose columns begin at firsts, to y [M N] as END has it."""
+def _row(acc, x, n0, N):
+    """The numbers of x [N] from n0 on, as many as acc [64 BN] has columns and laid out as they are."""
+    c = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    return gl.load(x + c, mask=c < N, other=0.0).to(gl.float32)
+
+
+AHEAD = gl.constexpr(128)
+"""Columns of a piece up to which there are registers for what its end takes, from its beginning on."""
+
+
+@gluon.jit
+def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr):
+    """What `finish` takes for each piece beside `end`, loaded while products are made: what a norm multiplies by, cos and
+    sin of the rows, or what is around a head. Nothing for pieces of more than AHEAD columns, but the first of those."""
+    coming = ()
+    for j in gl.static_range(len(accs)):
+        if END == "scale":
+            coming += (_row(accs[j], end[0], firsts[j], N),)  # type: ignore[assignment]
+        elif END == "turn" and accs[j].shape[1] <= AHEAD:
+            coming += (_angles(accs[j], end[1], end[2], m, M),)  # type: ignore[assignment]
+        elif END == "heads" and accs[j].shape[1] <= AHEAD:
+            coming += (_around(accs[j], end, m, firsts[j] // HEAD, M) + (_slots(accs[j], end, m, M),),)  # type: ignore[assignment]
+        else:
+            coming += ((),)  # type: ignore[assignment]
+    return coming
+
+
+@gluon.jit
+def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.constexpr):
+    """Write the pieces accs [64 n] of the rows from m on, whose columns begin at firsts, to y [M N] as END has it; `coming`
+    as `meanwhile` has it."""
     if END == "gate":
         for j in gl.static_range(len(accs)):
             gate, up = _halves(accs[j])
             _store(gate * up * _sigmoid(gate * LOG2E), y, m, firsts[j], M, N, dtype)
     elif END == "heads":
         for j in gl.static_range(len(accs)):
-            _write_heads(accs[j], y, end, m, firsts[j], M, dtype)
+            _write_heads(accs[j], coming[j], y, end, m, firsts[j], M, dtype)
     elif END == "scale":
         for j in gl.static_range(len(accs)):
             sums = firsts[0] // _columns(accs) * len(accs) + j
-            _store_scaled(accs[j], y, end, sums, m, firsts[j], M, N, dtype)
+            _store_scaled(accs[j], coming[j], y, end, sums, m, firsts[j], M, N, dtype)
     else:
         for j in gl.static_range(len(accs)):
             acc = accs[j]
-            if END != "plain" and END != "add":
-                acc = _biased(acc, end[0], firsts[j], N)
             if END == "gelu_none":
                 acc *= _normal(acc)
-            elif END == "gelu_tanh":  # x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x**3))
-                acc *= _sigmoid(acc * (2.302208198295474 + 0.10294323969629199 * acc * acc))
+            elif END == "gelu_tanh":
+                acc = _gelu(acc)
             elif END == "turn":
-                acc = _turned(acc, end, m, firsts[j], M)
+                acc = _turned(acc, coming[j], end, m, firsts[j], M)
             _store(acc, y, m, firsts[j], M, N, dtype)
 
 
@@ -83,6 +113,14 @@ def _inverse(x):
 def _sigmoid(x):
     """1 / (1 + 2^-x), by two instructions of the unit for such functions: a division takes ten others."""
     return _inverse(1.0 + gl.exp2(-x))
+
+
+@gluon.jit
+def _gelu(x):
+    """x * (1 + tanh(u)) / 2 for u = sqrt(2 / pi) * (x + 0.044715 * x**3), by one instruction of that unit: to 3e-4 |x|."""
+    u = x * (0.7978845608028654 + 0.03567740813636141 * x * x)
+    t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=gl.float32, is_pure=True, pack=1)
+    return 0.5 * x + 0.5 * x * t
 
 
 @gluon.jit
@@ -117,7 +155,7 @@ def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
     """acc [64 BN] to the rows from m and the columns from n0 on of y [M N]."""
     pieces = _pieces(acc, 128)
     BN: gl.constexpr = pieces[0].shape[1]
-    layout: gl.constexpr = _lines(BN)
+    layout: gl.constexpr = lines(BN)
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
     for i in gl.static_range(len(pieces)):
         c = n0 + i * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
@@ -126,18 +164,17 @@ def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _store_scaled(acc, y, end, sums, m, n0, M, N, dtype: gl.constexpr):
+def _store_scaled(acc, weight, y, end, sums, m, n0, M, N, dtype: gl.constexpr):
     """acc [64 BN] to y [M N], as `_store`, and what RMSNorm of it will be made of; end: (the norm's weight, scaled [M N],
-    squares f32 [n M], x). Times that weight it goes to `scaled`, and each row's sum of squares to `squares[sums]`."""
-    weight, scaled, squares, _ = end
-    BN: gl.constexpr = acc.shape[1]
+    squares f32 [n M], x). Times its part of that weight [BN] it goes to `scaled`, and each row's sum of squares to
+    `squares[sums]`."""
+    _, scaled, squares, _ = end
     layout: gl.constexpr = acc.type.layout
     acc = acc.to(dtype).to(gl.float32)  # what is normalised is what the next layer adds to
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
     gl.store(squares + sums * M + r, gl.sum(acc * acc, 1), mask=r < M)
     _store(acc, y, m, n0, M, N, dtype)
-    c = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
-    _store(acc * gl.load(weight + c, mask=c < N, other=0.0).to(gl.float32)[None, :], scaled, m, n0, M, N, dtype)
+    _store(acc * weight[None, :], scaled, m, n0, M, N, dtype)
 
 
 @gluon.jit
@@ -160,66 +197,109 @@ def normalised(accs, sums, norm, K):
     return out
 
 
-@gluon.constexpr_function
-def _lines(columns):
-    """How four warps hold 64 rows to write 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+@gluon.jit
+def _pairs(acc):
+    """The halves [64 COUNT 32] of each head of 64 in acc [64 BN], which are rotated with each other."""
+    return gl.split(gl.permute(gl.reshape(acc, [64, acc.shape[1] // 64, 2, 32]), [0, 1, 3, 2]))
 
 
 @gluon.jit
-def _biased(acc, bias, n0, N):
-    c = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    return acc + gl.load(bias + c, mask=c < N, other=0.0).to(gl.float32)[None, :]
-
-
-@gluon.jit
-def _turned(acc, end, m, n0, M):
-    """acc [64 BN] rotated by heads of 64, whose first H are queries, times scale, the next H keys, and the others left
-    alone; end: (bias, cos, sin f32 [M 32], scale, H)."""
-    _, cos, sin, scale, H = end
-    COUNT: gl.constexpr = acc.shape[1] // 64
-    a, b = gl.split(gl.permute(gl.reshape(acc, [64, COUNT, 2, 32]), [0, 1, 3, 2]))
+def _angles(acc, cos, sin, m, M):
+    """(cos, sin) [64 1 32] of the rows from m on of f32 [M 32], laid out as the pairs of acc."""
+    a, _ = _pairs(acc)
     layout: gl.constexpr = a.type.layout
-    m = m + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    h = n0 // 64 + gl.arange(0, COUNT, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     i = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    at = m[:, None, None] * 32 + i[None, None, :]
-    inside = (m < M)[:, None, None]
+    at = r[:, None, None] * 32 + i[None, None, :]
+    inside = (r < M)[:, None, None]
+    return gl.load(cos + at, mask=inside, other=0.0), gl.load(sin + at, mask=inside, other=0.0)
+
+
+@gluon.jit
+def _turned(acc, angles, end, m, n0, M):
+    """acc [64 BN] rotated by heads of 64, whose first H are queries, times scale, the next H keys, and the others left
+    alone; end: (bias, cos, sin, scale, H)."""
+    _, cos, sin, scale, H = end
+    a, b = _pairs(acc)
+    if len(angles) == 0:
+        c, s = _angles(acc, cos, sin, m, M)
+    else:
+        c, s = angles
+    h = n0 // 64 + gl.arange(0, a.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, a.type.layout)))
     turn = (h < 2 * H)[None, :, None]
-    c = gl.where(turn, gl.load(cos + at, mask=inside, other=0.0), 1.0)
-    s = gl.where(turn, gl.load(sin + at, mask=inside, other=0.0), 0.0)
+    c = gl.where(turn, c, 1.0)
+    s = gl.where(turn, s, 0.0)
     times = gl.where(h < H, scale, 1.0)[None, :, None]
     pair = gl.join((a * c - b * s) * times, (b * c + a * s) * times)
     return gl.reshape(gl.permute(pair, [0, 1, 3, 2]), [64, acc.shape[1]])
 
 
 @gluon.jit
-def _write_heads(acc, q, end, m, n0, M, dtype: gl.constexpr):
+def _write_heads(acc, coming, q, end, m, n0, M, dtype: gl.constexpr):
     """acc [64 BN], one head or two, the first of which begins at column n0."""
     if acc.shape[1] > HEAD:
         first, second = _halves(acc)
-        _write_head(first, q, end, m, n0 // HEAD, M, dtype)
-        _write_head(second, q, end, m, n0 // HEAD + 1, M, dtype)
+        _write_head(first, coming, q, end, m, n0 // HEAD, M, dtype)
+        _write_head(second, coming, q, end, m, n0 // HEAD + 1, M, dtype)
     else:
-        _write_head(acc, q, end, m, n0 // HEAD, M, dtype)
+        _write_head(acc, coming, q, end, m, n0 // HEAD, M, dtype)
 
 
 @gluon.jit
-def _write_head(acc, q, end, m, h, M, dtype: gl.constexpr):
+def _around(acc, end, m, h, M):
+    """What acc [64 D], head h of 64 tokens, is normalised and rotated by: the norm's weight in halves [D/2], and cos and
+    sin [64 D/2]."""
+    q_norm, k_norm, cos, sin, _, _, _, _, _, H, _ = end
+    HALF: gl.constexpr = acc.shape[1] // 2
+    a, _ = _halves(acc)
+    layout: gl.constexpr = a.type.layout
+    norm = k_norm
+    if h < H:
+        norm = q_norm
+    i = gl.arange(0, HALF, gl.SliceLayout(0, layout))
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    at = r[:, None] * HALF + i[None, :]
+    c = gl.load(cos + at, mask=(r < M)[:, None], other=0.0)
+    s = gl.load(sin + at, mask=(r < M)[:, None], other=0.0)
+    return gl.load(norm + i), gl.load(norm + HALF + i), c, s
+
+
+@gluon.jit
+def _slots(acc, end, m, M):
+    """Where the keys and values of 64 tokens go [64]."""
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, lines(acc.shape[1])))
+    return gl.load(end[4] + r, mask=r < M, other=0)
+
+
+@gluon.jit
+def _write_head(acc, coming, q, end, m, h, M, dtype: gl.constexpr):
     """acc [64 D], head h of 64 tokens. One of the first H is a query: normalised, rotated and scaled it goes to q [M H D].
     The next K are keys, normalised and rotated, and the others values; they go to slots [M] of their pools [slots K D].
 
     end: (q_norm, k_norm, cos, sin f32 [M D/2], slots, keys, values, scale, eps, H, K).
     """
-    q_norm, k_norm, cos, sin, slots, keys, values, scale, eps, H, K = end
+    _, _, _, _, _, keys, values, scale, eps, H, K = end
     D: gl.constexpr = acc.shape[1]
     if h < H + K:
-        acc = _turned_head(acc, q_norm, k_norm, cos, sin, gl.where(h < H, scale, 1.0), eps, m, h < H, M)
-    layout: gl.constexpr = _lines(D)
+        a, b = _halves(acc)
+        factor = gl.rsqrt(gl.sum(a * a + b * b, 1) / D + eps)[:, None]
+        if len(coming) == 0:
+            a_norm, b_norm, c, s = _around(acc, end, m, h, M)
+        else:
+            a_norm, b_norm, c, s = coming[0], coming[1], coming[2], coming[3]
+        a *= factor * a_norm.to(gl.float32)[None, :]
+        b *= factor * b_norm.to(gl.float32)[None, :]
+        times = gl.where(h < H, scale, 1.0)
+        pair = gl.join((a * c - b * s) * times, (b * c + a * s) * times)
+        acc = gl.convert_layout(gl.reshape(gl.permute(pair, [0, 2, 1]), [64, D]), acc.type.layout)
+    layout: gl.constexpr = lines(D)
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     inside = (r < M)[:, None] & (h < H + 2 * K)  # a piece of two heads may begin with the last
-    slot = gl.load(slots + r, mask=r < M, other=0)
+    if len(coming) == 0:
+        slot = _slots(acc, end, m, M)
+    else:
+        slot = coming[4]
     at = (slot * K + (h - H) % K)[:, None] * D + d[None, :]
     out = gl.convert_layout(acc.to(dtype), layout)
     if h < H:
@@ -228,25 +308,3 @@ def _write_head(acc, q, end, m, h, M, dtype: gl.constexpr):
         gl.store(keys + at, out, mask=inside)
     else:
         gl.store(values + at, out, mask=inside)
-
-
-@gluon.jit
-def _turned_head(acc, q_norm, k_norm, cos, sin, times, eps, m, query, M):
-    """acc [64 D] normalised over the head, and rotated by halves."""
-    D: gl.constexpr = acc.shape[1]
-    HALF: gl.constexpr = D // 2
-    a, b = gl.split(gl.permute(gl.reshape(acc, [64, 2, HALF]), [0, 2, 1]))
-    layout: gl.constexpr = a.type.layout
-    m = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    i = gl.arange(0, HALF, gl.SliceLayout(0, layout))
-    factor = gl.rsqrt(gl.sum(a * a + b * b, 1) / D + eps)[:, None]
-    norm = k_norm
-    if query:
-        norm = q_norm
-    a *= factor * gl.load(norm + i).to(gl.float32)[None, :]
-    b *= factor * gl.load(norm + HALF + i).to(gl.float32)[None, :]
-    at = m[:, None] * HALF + i[None, :]
-    c = gl.load(cos + at, mask=(m < M)[:, None], other=0.0)
-    s = gl.load(sin + at, mask=(m < M)[:, None], other=0.0)
-    pair = gl.join((a * c - b * s) * times, (b * c + a * s) * times)
-    return gl.convert_layout(gl.reshape(gl.permute(pair, [0, 2, 1]), [64, D]), acc.type.layout)

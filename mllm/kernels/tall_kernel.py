@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from mllm.kernels.hopper import copy, finished, new_barriers
 from mllm.kernels.pdl import launch_dependents, wait
-from mllm.kernels.tall_ends import adds, begin, finish, normalised, squares_of
+from mllm.kernels.tall_ends import begin, finish, meanwhile, normalised, squares_of, waits
 
 BAND = gl.constexpr(16)
 """Tiles of rows that are made together."""
@@ -133,35 +133,36 @@ def _consume(
     STAGES: gl.constexpr = x.shape[0]
     BM: gl.constexpr = x.shape[1]
     BN: gl.constexpr = _columns(boxes)
-    if adds(END) or NORM > 0:
-        wait(PDL)  # for what is added to, or the norm's sums
+    if waits(END) or NORM > 0:
+        wait(PDL)
     step = 0
     first, end, by = _tiles(work, ONCE)
     for t in range(first, end, by):
         m0, n0, part = _place(t, work, BM, BN, ONCE)
         firsts = _firsts(boxes, n0)
-        accs = begin(ws, ending, m0 + 64 * group, firsts, M, N, END)
+        if APART:
+            its = (ending[0] + part * N,)  # a bias
+        else:
+            its = ending
+        accs = begin(ws, its, m0 + 64 * group, firsts, M, N, END)
+        coming = meanwhile(accs, its, m0 + 64 * group, firsts, M, N, END)
         if NORM > 0:
             sums = squares_of(norm, m0 + 64 * group, M, NORM)
         for i in range(gl.cdiv(KS, x.shape[2])):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             rows = x.index(stage).slice(64 * group, 64)
-            coming = ()
+            products = ()
             for j in gl.static_range(len(ws)):
-                coming += (warpgroup_mma(rows, ws[j].index(stage).permute((1, 0)), accs[j], is_async=True),)
-            accs = finished(coming, len(ws))
+                products += (warpgroup_mma(rows, ws[j].index(stage).permute((1, 0)), accs[j], is_async=True),)
+            accs = finished(products, len(ws))
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=i > 0)  # the products before have been read
             step += 1
         accs = finished(accs, 0)
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
         if NORM > 0:
             accs = normalised(accs, sums, norm, KS)
-        if APART:
-            its = (ending[0] + part * N,)  # a bias
-        else:
-            its = ending
-        finish(accs, y + part.to(gl.int64) * YS, its, m0 + 64 * group, firsts, M, N, x.dtype, END)
+        finish(accs, coming, y + part.to(gl.int64) * YS, its, m0 + 64 * group, firsts, M, N, x.dtype, END)
 
 
 @gluon.jit
