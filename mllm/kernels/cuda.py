@@ -102,9 +102,12 @@ def prompt_ops(tokens: int, *, wide: bool, hopper: bool = False, fa3: bool = Fal
         put_=partial(elementwise.put_, pdl=pdl),
         add_=partial(elementwise.add_, pdl=pdl),
         sample=partial(_sample, pdl=pdl),
-        **(_skinny(pdl=pdl) if narrow else _chained(unmade=True) if chained else _products()),
-        head=partial(_head, every=False, pdl=pdl),
-    )
+        **_ending(
+            {"head": partial(_head, every=False, pdl=pdl)}
+            | (_skinny(pdl=pdl) if narrow else _chained(unmade=True) if chained else _products()),
+            hopper=hopper, pdl=pdl,
+        ),
+    )  # fmt: skip
 
 
 def _fused(product: Product) -> dict[str, Callable[..., Any]]:
@@ -179,6 +182,20 @@ def _chained(*, unmade: bool = False) -> dict[str, Callable[..., Any]]:
         "norm_gate": partial(products.normed, product=gated, ending="gate"),
         "linear_add": products.Unadded,
     }
+
+
+def _ending(many: dict[str, Callable[..., Any]], *, hopper: bool, pdl: bool) -> dict[str, Callable[..., Any]]:
+    """The ops of a prompt's products: of its last layer no more is left than the positions whose logits are wanted, and
+    where those are few, they are as the rows of a decode step."""
+    one, some = _fused(partial(linear.linear, pdl=pdl)), _few(pdl=pdl)
+
+    def by_rows(name: str, x: Stream | products.Unadded, *around: Any, **settings: Any) -> Any:
+        whole = name != "head" or around[0] is None  # or some of x are still to be chosen
+        rows = len(x) if isinstance(x, Tensor) and whole else 0
+        table = one if rows == 1 else some if hopper and rows in FEW_ROWS else many
+        return table[name](x, *around, **settings)
+
+    return many | {name: partial(by_rows, name) for name in ("linear_add", "norm_gate", "head")}
 
 
 def _head(

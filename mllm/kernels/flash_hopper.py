@@ -180,7 +180,7 @@ def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype) -> Tile 
     if dtype not in TYPES or not (size in (64, 128) or (64 < size <= 80 and size % 8 == 0)):
         return None
     if size > 64 or patches <= 768:
-        return Tile(1, 128, 2) if patches <= 512 and size < 128 else Tile(2, 128, 2)
+        return Tile(1, 128, 1) if patches <= 512 and size < 128 else Tile(2, 128, 2)
 
     def duration(tile: Tile) -> float:
         queries = 64 * tile.groups

@@ -48,8 +48,14 @@ def norm_kernel(x, parts, shift, weight, bias, y, total, B, E, eps, EP: tl.const
     tl.store(y + b * E + e, v.to(y.dtype.element_ty), mask=inside)
 
 
-WARP_WIDTH = 256
-"""Elements of a row for each warp."""
+FEW = 256
+"""Rows up to which a multiprocessor has one or two of them, and more warps for each."""
+
+
+def warps_for(rows: int, width: int) -> int:
+    """Of a program that normalises a row: what was fastest on an H200, by the record in `docs/performance.md`."""
+    each = width // (128 if rows <= FEW else 256)
+    return min(16, 1 << max(0, each.bit_length() - 1))
 
 
 class Pending(NamedTuple):
@@ -78,11 +84,10 @@ def add_norm(
     rows, width = x.shape
     y = empty_rows(x, rows, width)
     total = x if parts is None else torch.empty_like(x)
-    padded = triton.next_power_of_2(width)
     norm_kernel[(rows,)](
         x, x if parts is None else parts, weight if shift is None else shift, weight, weight if bias is None else bias,
-        y, total, rows, width, eps, EP=padded, PARTS=0 if parts is None else len(parts), SHIFT=shift is not None,
-        CENTRE=bias is not None, num_warps=max(1, min(8, padded // WARP_WIDTH)), **options(pdl),
+        y, total, rows, width, eps, EP=triton.next_power_of_2(width), PARTS=0 if parts is None else len(parts),
+        SHIFT=shift is not None, CENTRE=bias is not None, num_warps=warps_for(rows, width), **options(pdl),
     )  # fmt: skip
     return total, y
 

@@ -57,7 +57,7 @@ def _row(acc, x, n0, N):
 
 
 AHEAD = gl.constexpr(128)
-"""Columns of a piece up to which there are registers for what its end takes, from its beginning on."""
+"""Columns of a piece up to which there are registers for what its end takes, and for that from its beginning on."""
 
 
 @gluon.jit
@@ -94,14 +94,25 @@ def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.c
             _store_scaled(accs[j], coming[j], y, end, sums, m, firsts[j], M, N, dtype)
     else:
         for j in gl.static_range(len(accs)):
-            acc = accs[j]
-            if END == "gelu_none":
-                acc *= _normal(acc)
-            elif END == "gelu_tanh":
-                acc = _gelu(acc)
-            elif END == "turn":
-                acc = _turned(acc, coming[j], end, m, firsts[j], M)
-            _store(acc, y, m, firsts[j], M, N, dtype)
+            _finish(accs[j], coming[j], y, end, m, firsts[j], M, N, dtype, END)
+
+
+@gluon.jit
+def _finish(acc, coming, y, end, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr):
+    """The same of one piece, in halves where all of it would take too many registers, as the exact GELU's terms do."""
+    most: gl.constexpr = AHEAD // 2 if END == "gelu_none" else AHEAD
+    if acc.shape[1] > most:
+        left, right = _halves(acc)
+        _finish(left, coming, y, end, m, n0, M, N, dtype, END)
+        _finish(right, coming, y, end, m, n0 + left.shape[1], M, N, dtype, END)
+    else:
+        if END == "gelu_none":
+            acc *= _normal(acc)
+        elif END == "gelu_tanh":
+            acc = _gelu(acc)
+        elif END == "turn":
+            acc = _turned(acc, coming, end, m, n0, M)
+        _store(acc, y, m, n0, M, N, dtype)
 
 
 @gluon.jit

@@ -71,17 +71,27 @@ TILES = {
         Tile(1, (128, 16), 8),
         Tile(2, (128, 16), 6),
     ),
-    "other": (Tile(2, (64,), 8), Tile(2, (64, 32), 7), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6)),
+    "other": (
+        Tile(2, (64,), 8),
+        Tile(2, (64, 32), 7),
+        Tile(1, (128,), 8),
+        Tile(1, (64,), 12),
+        Tile(2, (128,), 6),
+        Tile(1, (128, 16), 8),
+    ),
 }
 """By what ends a product, where the chip can make it in one turn. What is written by whole heads has its outputs in
 one piece."""
 WIDE = {
+    "turn": (Tile(2, (128,), 6), Tile(2, (128, 64), 5), Tile(2, (256,), 4)),
     "heads": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "sum": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "gate": (Tile(2, (64,), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
 }
-WIDEST = (Tile(2, (128,), 6), Tile(2, (128, 64), 5), Tile(2, (256,), 4))
-"""The same where it needs more: for these endings, and for others."""
+WIDEST = (*WIDE["turn"], Tile(2, (256, 16), 4), Tile(2, (256, 32), 4))
+"""The same where it needs more: for these endings, and for others, whose outputs are 1,152 of an encoder, or 4,304, too."""
+LARGE = 256
+"""Outputs of a tile from which on a product reads little."""
 TURN = 2000
 """Clocks of a turn beside its products."""
 TENSOR = 2048
@@ -146,7 +156,7 @@ def _is_faster(ending: str, rows: int, outputs: int, inputs: int) -> bool:
     if turns == 1 and rows <= FEW:
         return wanted >= MOSTLY or work <= WORK
     if ending == "other":  # cuBLAS ends it as well
-        return turns == 1 and tile.columns == WIDEST[-1].columns and wanted >= MOSTLY
+        return turns == 1 and tile.columns >= LARGE and wanted >= MOSTLY
     if turns == 1 and ending != "turn" and wanted >= FULL:
         return True
     busy = work / (TENSOR * MULTIPROCESSORS) / _clocks(tile, rows, outputs, inputs, gate=False)
