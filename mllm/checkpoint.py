@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mllm.config import Config
 from mllm.errors import CheckpointError
 from mllm.files import check_inside
-from mllm.weights import Weights, build, room
+from mllm.weights import Weights, build, paired, room
 
 # Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
 # the prefixes of the family, below. A stored tensor has the shape of its field, unless sizes follow its name.
@@ -70,6 +70,8 @@ for _field, _name in _MERGER.items():
 _PREFIXES = {"text": "model.", "vision": ""}
 _PREFIXES_VISION = {"text": "model.language_model.", "vision": "model.visual."}
 
+PAIRED = re.compile(r"vision\.blocks\.\d+\.qkv(_bias)?")
+"""Fields whose rows come in another order than the files have."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
@@ -128,7 +130,10 @@ def load(
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
-            return _stack(joined[path], empty(path, shape))
+            value = _stack(joined[path], empty(path, shape))
+            if config.vision and PAIRED.fullmatch(path):
+                value.copy_(paired(value, config.vision.num_heads))
+            return value
 
         return build(config, make)
 

@@ -88,7 +88,7 @@ class TextWeights(State):
 
 @state
 class Block(State):
-    """One layer of the vision encoder."""
+    """One layer of the vision encoder. Rows of `qkv` that make a pair, which is rotated, are neighbours: `paired`."""
 
     norm_in: Tensor = tensor("Ev")
     norm_in_bias: Tensor = tensor("Ev")
@@ -152,6 +152,15 @@ class Weights(State):
     def nbytes(self) -> int:
         """Bytes of all parameters, a tied head counted once."""
         return sum({t.data_ptr(): t.nbytes for t in leaves(self)}.values())
+
+
+def paired(qkv: Tensor, heads: int) -> Tensor:
+    """The rows of queries, keys and values [3*heads*Dv ...] of an encoder as `Block` has them, from where the two of a pair
+    are half a head apart. Scores are the same in either order of a head's numbers, and neighbours are rotated where they
+    are made."""
+    q_k, v = qkv[: len(qkv) // 3 * 2], qkv[len(qkv) // 3 * 2 :]
+    halves = q_k.view(2 * heads, 2, -1, *qkv.shape[1:])
+    return torch.cat((halves.transpose(1, 2).flatten(0, 2), v))
 
 
 def build(config: Config, make: Make) -> Weights:

@@ -176,18 +176,19 @@ def test_two_products_do_the_norm_between_them(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("heads", [1, 3, 16])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (16, 64), (1, 72), (5, 72), (16, 72)], ids=str)
 @pytest.mark.parametrize("count", [4, 200, 500, 900, 4500])
 def test_queries_and_keys_are_turned_where_their_product_is_made(
-    count: int, heads: int, device: str, hopper: None
+    count: int, shape: tuple[int, int], device: str, hopper: None
 ) -> None:
     from mllm.kernels import rope, tall
 
-    x, weight, bias = factors((count, 320, 3 * heads * 64), torch.bfloat16, device)
-    angle = torch.randn(count, 32, generator=torch.Generator().manual_seed(count)).to(device)
+    heads, size = shape
+    x, weight, bias = factors((count, 320, 3 * heads * size), torch.bfloat16, device)
+    angle = torch.randn(count, size // 2, generator=torch.Generator().manual_seed(count)).to(device)
     cos, sin = angle.cos(), angle.sin()
     qkv = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
-    want = [*rope.rotate_heads(qkv, cos, sin, heads, scale=0.3), qkv.view(count, 3, heads, 64)[:, 2]]
+    want = [*rope.rotate_heads(qkv, cos, sin, heads, scale=0.3), qkv.view(count, 3, heads, size)[:, 2]]
     got = tall.turned(x, weight, bias, cos, sin, scale=0.3).unbind(1)
     assert max(error(a, b) for a, b in zip(got, want, strict=True)) < 1e-2
 
@@ -235,11 +236,10 @@ def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, in
     tile = tile_for(ending, rows, outputs, inputs)
     columns = tile.columns * (2 if ending == "gate" else 1)
     assert tile.stages * (tile.rows + columns) * 64 * 2 < 227 * 1024
-    assert columns <= (288 if ending == "other" else 256)  # most of a group's registers are sums
+    assert columns <= (288 if ending in ("other", "turn") else 256)  # most of a group's registers are sums
     assert inputs > -(-inputs // (64 * tile.parts)) * 64 * (tile.parts - 1)  # no part is empty
     assert ending == "sum" or tile.parts == 1
     assert ending != "heads" or len(tile.outputs) == 1
-    assert ending != "turn" or all(n % 64 == 0 for n in tile.outputs)  # whole heads
     assert math.prod(tile.grid(rows, outputs)) * tile.rows * tile.columns >= rows * outputs * tile.parts
 
 

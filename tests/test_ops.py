@@ -31,7 +31,7 @@ from mllm.kernels.cpu import CPU
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.kernels.reference_vision import position_embedding
-from mllm.kernels.rotary import axial, mrope, rotate
+from mllm.kernels.rotary import axial, mrope, rotate, rotate_pairs
 from mllm.kernels.tables import tables_for
 from mllm.sampling import Sampling, sampling_batch
 from mllm.stages import admit, commit
@@ -217,7 +217,7 @@ def image_attention(qkv: Tensor, batch: PatchBatch) -> Tensor:
     angle = torch.cat([batch.coords[axis].double().unsqueeze(1) * torch.tensor(
         [VISION.rope_theta ** (-i / (size // 4)) for i in range(size // 4)]).double() for axis in (0, 1)], 1)  # fmt: skip
     spin = torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
-    q, k = (torch.complex(x[..., : size // 2], x[..., size // 2 :]) * spin for x in (q, k))
+    q, k = (torch.complex(x[..., ::2], x[..., 1::2]) * spin for x in (q, k))  # neighbours are a pair
     out = torch.zeros_like(v)
     for a, b in zip(batch.indptr[:-1].tolist(), batch.indptr[1:].tolist(), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b].conj()).real / math.sqrt(size)
@@ -393,6 +393,20 @@ def test_axial_turns_half_of_the_pairs_with_the_row_and_half_with_the_column() -
     cos, _ = axial(torch.tensor([[3], [5]]), head_dim=16, theta=100.0)
     angles = [at * 100.0 ** (-i / 4) for at in (3, 5) for i in range(4)]
     assert_close(cos.flatten(), torch.tensor(angles).double().cos(), 1e-6)
+
+
+def test_pairs_of_an_encoder_give_the_scores_of_halves() -> None:
+    g = torch.Generator().manual_seed(0)
+    heads, size = 3, 8
+    x, weight = randn(g, 5, 16), randn(g, 3 * heads * size, 16)
+    cos, sin = axial(torch.tensor([[3, 1, 0, 2, 9], [5, 0, 7, 1, 2]]), head_dim=size, theta=100.0)
+
+    def scores(weight: Tensor, turn: Callable[..., Tensor]) -> Tensor:
+        q, k, _ = (x @ weight.T).view(5, 3, heads, size).unbind(1)
+        return torch.einsum("qhd,khd->hqk", turn(q, cos, sin), turn(k, cos, sin))
+
+    assert_close(scores(weights.paired(weight, heads), rotate_pairs), scores(weight, rotate), 1e-6)
+    assert torch.equal(weights.paired(weight, heads)[2 * heads * size :], weight[2 * heads * size :])  # values
 
 
 # the position grid

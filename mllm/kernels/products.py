@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mllm.kernels import elementwise, rope, tall
 from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
 from mllm.kernels.tall import Scaled
-from mllm.kernels.tall_tiles import HEAD, LEAST, TURNED_HEAD, pays, tile_for
+from mllm.kernels.tall_tiles import HEAD, LEAST, pays, tile_for
 
 
 class Unmade(NamedTuple):
@@ -114,8 +114,7 @@ def turned(
     """Queries, times `scale`, keys and values [X heads Dv] of qkv [X Cv]; queries and keys are rotated."""
     if isinstance(qkv, Unmade):
         x, weight, bias = qkv
-        fits = len(weight) == 3 * heads * TURNED_HEAD
-        if fits and bias is not None and isinstance(x, Tensor) and pays("turn", x, len(weight)):
+        if bias is not None and isinstance(x, Tensor) and pays("turn", x, len(weight)):
             q, k, v = tall.turned(x, weight, bias, cos, sin, scale=scale, pdl=True).unbind(1)
             return q, k, v
         qkv = qkv.made()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mllm.batch import PatchBatch
 from mllm.config import VisionConfig
-from mllm.kernels.rotary import axial, rotate
+from mllm.kernels.rotary import axial, rotate_pairs
 from mllm.state import State, state
 from mllm.weights import Merger, TapMerger, VisionWeights
 
@@ -89,7 +89,7 @@ def layer_norm_linear(
 def attend_images(qkv: Tensor, plan: VisionPlan) -> Tensor:
     """Every patch attends to all patches of its image: qkv [X Cv] -> [X Ev]."""
     q, k, v = qkv.view(len(qkv), 3, plan.heads, -1).unbind(1)
-    q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.cos, plan.sin)
+    q, k = rotate_pairs(q, plan.cos, plan.sin), rotate_pairs(k, plan.cos, plan.sin)
     parts = []
     for a, b in plan.spans:
         image_q, image_k, image_v = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))

@@ -96,24 +96,27 @@ def rotate_heads_kernel(qkv, cos, sin, out, scale, COUNT, H: tl.constexpr, HALF:
                         PDL: tl.constexpr):  # fmt: skip
     """out [X 2 H 2*HALF], COUNT pairs: the queries, times scale, and the keys of qkv [X 3 H 2*HALF], rotated."""
     launch_dependents(PDL)
+    WIDTH: tl.constexpr = 4 * H * HALF  # of the queries and keys of a patch
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < COUNT
-    head, i = j // HALF, j % HALF  # queries and keys of a patch one after the other
-    x, h = head // (2 * H), head % (2 * H)
-    own = qkv + x.to(tl.int64) * (3 * H * 2 * HALF) + (h * (2 * HALF) + i)
-    angle = x * HALF + i
+    x, p = j // (WIDTH // 2), j % (WIDTH // 2)
+    angle = x * HALF + p % HALF
+    n = tl.program_id(0) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    own = qkv + (n // WIDTH).to(tl.int64) * (WIDTH // 2 * 3) + n % WIDTH
     wait(PDL)
-    a = tl.load(own, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(own + HALF, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    _store(out + head.to(tl.int64) * (2 * HALF), i, inside, a, b, c, s, tl.where(h < H, scale, 1.0), HALF)
+    pair = tl.load(own, mask=n < 2 * COUNT, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle, mask=j < COUNT, other=0.0)
+    s = tl.load(sin + angle, mask=j < COUNT, other=0.0)
+    a, b = tl.split(tl.reshape(pair, [BLOCK, 2]))
+    times = tl.where(p < WIDTH // 4, scale, 1.0)
+    turned = tl.reshape(tl.join((a * c - b * s) * times, (b * c + a * s) * times), [2 * BLOCK])
+    tl.store(out + n.to(tl.int64), turned.to(out.dtype.element_ty), mask=n < 2 * COUNT)
 
 
 def rotate_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, scale: float = 1.0, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Queries, times `scale`, and keys [X heads Dv] of qkv [X Cv], rotated: views of one new tensor."""
+    """Queries, times `scale`, and keys [X heads Dv] of qkv [X Cv], of which neighbours are rotated: views of one new
+    tensor."""
     count, width = qkv.shape
     size = width // (3 * heads)
     out = empty_rows(qkv, count, 2, heads, size)

@@ -71,3 +71,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x[..., :size].float().chunk(2, -1)
     turned = torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), -1).to(x.dtype)
     return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the neighbours (2i, 2i + 1) of every head: x [X heads D] by tables [X 1 D/2], in f32, back in the dtype of x."""
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

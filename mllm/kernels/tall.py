@@ -17,7 +17,7 @@ from mllm.kernels.hopper import MULTIPROCESSORS, descriptor
 from mllm.kernels.pdl import options
 from mllm.kernels.room import empty_rows
 from mllm.kernels.tall_kernel import tall_kernel
-from mllm.kernels.tall_tiles import HEAD, TURNED_HEAD, Tile, tile_for
+from mllm.kernels.tall_tiles import HEAD, Tile, tile_for
 
 INPUTS = 64
 """Of a tile: 128 bytes, the widest that descriptors copy."""
@@ -34,9 +34,10 @@ class Scaled(NamedTuple):
 
 def _launch(
     x: Tensor | Scaled, weight: Tensor, y: Tensor, ending: str, end: tuple[Any, ...] = (), *, tile: Tile, pdl: bool,
-    apart: bool = False,
+    apart: bool = False, size: int = 0,
 ) -> Tensor:  # fmt: skip
-    """`y`, filled. `apart`: x [n M K], weight [n N K] and y [n M N] are of n products, as many as the tile has parts."""
+    """`y`, filled. `apart`: x [n M K], weight [n N K] and y [n M N] are of n products, as many as the tile has parts;
+    `size`: of heads to be turned."""
     norm: tuple[Any, ...] = ()
     sums = 0
     if isinstance(x, Scaled):
@@ -57,7 +58,7 @@ def _launch(
     work = 1 if once else math.prod(grid), down, across, outputs, each, between, y.stride(0) if parts > 1 else 0
     tall_kernel[grid if once else (MULTIPROCESSORS,)](
         descriptor(x, tile.rows, INPUTS), pieces[0], pieces[-1], y, end, norm, work, rows, REST=sum(tile.outputs[1:]),
-        END=ending, NORM=sums, GROUPS=tile.groups, STAGES=tile.stages, REGISTERS=104 if lean else 232, ONCE=once,
+        END=ending, SIZE=size, NORM=sums, GROUPS=tile.groups, STAGES=tile.stages, REGISTERS=104 if lean else 232, ONCE=once,
         APART=apart, num_warps=4, **options(pdl), **({"maxnreg": 80} if lean else {}),
     )  # fmt: skip
     return y
@@ -129,11 +130,13 @@ def gated(x: Tensor | Scaled, weight: Tensor, *, pdl: bool = False) -> Tensor:
 def turned(
     x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, *, scale: float, pdl: bool = False
 ) -> Tensor:
-    """Queries, times `scale`, keys and values [X 3 H 64] of x [X K], weight [N K] and bias [N]; queries and keys are
-    rotated by cos, sin f32 [X 32]."""
-    heads = len(weight) // (3 * TURNED_HEAD)
-    y = empty_rows(x, len(x), 3, heads, TURNED_HEAD)
-    return _launch(x, weight, y, "turn", (bias, cos, sin, scale, heads), tile=_tile(x, weight, "turn"), pdl=pdl)
+    """Queries, times `scale`, keys and values [X 3 H D] of x [X K], weight [N K] and bias [N]; neighbours of queries and
+    keys are rotated by cos, sin f32 [X D/2]."""
+    size = 2 * cos.shape[1]
+    heads = len(weight) // (3 * size)
+    y = empty_rows(x, len(x), 3, heads, size)
+    end = (bias, cos, sin, scale, heads)
+    return _launch(x, weight, y, "turn", end, tile=_tile(x, weight, "turn"), pdl=pdl, size=size)
 
 
 def written(

@@ -56,21 +56,22 @@ def _row(acc, x, n0, N):
     return gl.load(x + c, mask=c < N, other=0.0).to(gl.float32)
 
 
-AHEAD = gl.constexpr(128)
-"""Columns of a piece up to which there are registers for what its end takes, and for that from its beginning on."""
+AHEAD = gl.constexpr(192)
+"""Columns of a tile up to which there are registers for what its end takes from its beginning on."""
 
 
 @gluon.jit
-def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr):
+def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr, SIZE: gl.constexpr):
     """What `finish` takes for each piece beside `end`, loaded while products are made: what a norm multiplies by, cos and
-    sin of the rows, or what is around a head. Nothing for pieces of more than AHEAD columns, but the first of those."""
+    sin of its pairs, or what is around a head. Of tiles of more than AHEAD columns no more than the first of those."""
+    ahead: gl.constexpr = _columns(accs) <= AHEAD
     coming = ()
     for j in gl.static_range(len(accs)):
         if END == "scale":
             coming += (_row(accs[j], end[0], firsts[j], N),)  # type: ignore[assignment]
-        elif END == "turn" and accs[j].shape[1] <= AHEAD:
-            coming += (_angles(accs[j], end[1], end[2], m, M),)  # type: ignore[assignment]
-        elif END == "heads" and accs[j].shape[1] <= AHEAD:
+        elif END == "turn" and ahead:
+            coming += (_angles(accs[j], end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
+        elif END == "heads" and ahead:
             coming += (_around(accs[j], end, m, firsts[j] // HEAD, M) + (_slots(accs[j], end, m, M),),)  # type: ignore[assignment]
         else:
             coming += ((),)  # type: ignore[assignment]
@@ -78,9 +79,9 @@ def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr):
 
 
 @gluon.jit
-def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.constexpr):
+def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr):
     """Write the pieces accs [64 n] of the rows from m on, whose columns begin at firsts, to y [M N] as END has it; `coming`
-    as `meanwhile` has it."""
+    as `meanwhile` has it; SIZE: that of the heads to "turn"."""
     if END == "gate":
         for j in gl.static_range(len(accs)):
             gate, up = _halves(accs[j])
@@ -94,24 +95,24 @@ def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.c
             _store_scaled(accs[j], coming[j], y, end, sums, m, firsts[j], M, N, dtype)
     else:
         for j in gl.static_range(len(accs)):
-            _finish(accs[j], coming[j], y, end, m, firsts[j], M, N, dtype, END)
+            _finish(accs[j], coming[j], y, end, m, firsts[j], M, N, dtype, END, SIZE)
 
 
 @gluon.jit
-def _finish(acc, coming, y, end, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr):
-    """The same of one piece, in halves where all of it would take too many registers, as the exact GELU's terms do."""
-    most: gl.constexpr = AHEAD // 2 if END == "gelu_none" else AHEAD
-    if acc.shape[1] > most:
+def _finish(acc, coming, y, end, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr):
+    """The same of one piece, in halves where all of it would take too many registers."""
+    greedy: gl.constexpr = END == "gelu_none" or (END == "turn" and len(coming) == 0)
+    if acc.shape[1] > (64 if greedy else 128):
         left, right = _halves(acc)
-        _finish(left, coming, y, end, m, n0, M, N, dtype, END)
-        _finish(right, coming, y, end, m, n0 + left.shape[1], M, N, dtype, END)
+        _finish(left, coming, y, end, m, n0, M, N, dtype, END, SIZE)
+        _finish(right, coming, y, end, m, n0 + left.shape[1], M, N, dtype, END, SIZE)
     else:
         if END == "gelu_none":
             acc *= _normal(acc)
         elif END == "gelu_tanh":
             acc = _gelu(acc)
         elif END == "turn":
-            acc = _turned(acc, coming, end, m, n0, M)
+            acc = _turned(acc, coming, end, m, n0, M, SIZE)
         _store(acc, y, m, n0, M, N, dtype)
 
 
@@ -210,39 +211,38 @@ def normalised(accs, sums, norm, K):
 
 @gluon.jit
 def _pairs(acc):
-    """The halves [64 COUNT 32] of each head of 64 in acc [64 BN], which are rotated with each other."""
-    return gl.split(gl.permute(gl.reshape(acc, [64, acc.shape[1] // 64, 2, 32]), [0, 1, 3, 2]))
+    """The numbers [64 BN/2] of acc [64 BN] that are rotated with each other, which are neighbours."""
+    return gl.split(gl.reshape(acc, [64, acc.shape[1] // 2, 2]))
 
 
 @gluon.jit
-def _angles(acc, cos, sin, m, M):
-    """(cos, sin) [64 1 32] of the rows from m on of f32 [M 32], laid out as the pairs of acc."""
+def _angles(acc, end, m, n0, M, SIZE: gl.constexpr):
+    """(cos, sin) [64 BN/2] of the pairs of acc [64 BN], whose columns begin at n0: of queries and keys from `end`, as
+    `_turned` has it, and of values those of no angle."""
+    _, cos, sin, _, H = end
+    HALF: gl.constexpr = SIZE // 2
     a, _ = _pairs(acc)
     layout: gl.constexpr = a.type.layout
-    r = m + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    i = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    at = r[:, None, None] * 32 + i[None, None, :]
-    inside = (r < M)[:, None, None]
-    return gl.load(cos + at, mask=inside, other=0.0), gl.load(sin + at, mask=inside, other=0.0)
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    p = n0 // 2 + gl.arange(0, a.shape[1], gl.SliceLayout(0, layout))
+    at = r[:, None] * HALF + (p % HALF)[None, :]
+    turns = (r < M)[:, None] & (p < 2 * H * HALF)[None, :]
+    return gl.load(cos + at, mask=turns, other=1.0), gl.load(sin + at, mask=turns, other=0.0)
 
 
 @gluon.jit
-def _turned(acc, angles, end, m, n0, M):
-    """acc [64 BN] rotated by heads of 64, whose first H are queries, times scale, the next H keys, and the others left
-    alone; end: (bias, cos, sin, scale, H)."""
-    _, cos, sin, scale, H = end
+def _turned(acc, angles, end, m, n0, M, SIZE: gl.constexpr):
+    """acc [64 BN] rotated by heads of SIZE, whose first H are queries, times scale, the next H keys, and the others left
+    alone; end: (bias, cos, sin f32 [M SIZE/2], scale, H)."""
+    _, _, _, scale, H = end
     a, b = _pairs(acc)
     if len(angles) == 0:
-        c, s = _angles(acc, cos, sin, m, M)
+        c, s = _angles(acc, end, m, n0, M, SIZE)
     else:
         c, s = angles
-    h = n0 // 64 + gl.arange(0, a.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, a.type.layout)))
-    turn = (h < 2 * H)[None, :, None]
-    c = gl.where(turn, c, 1.0)
-    s = gl.where(turn, s, 0.0)
-    times = gl.where(h < H, scale, 1.0)[None, :, None]
-    pair = gl.join((a * c - b * s) * times, (b * c + a * s) * times)
-    return gl.reshape(gl.permute(pair, [0, 1, 3, 2]), [64, acc.shape[1]])
+    p = n0 // 2 + gl.arange(0, a.shape[1], gl.SliceLayout(0, a.type.layout))
+    times = gl.where(p < H * (SIZE // 2), scale, 1.0)[None, :]
+    return gl.reshape(gl.join((a * c - b * s) * times, (b * c + a * s) * times), [64, acc.shape[1]])
 
 
 @gluon.jit

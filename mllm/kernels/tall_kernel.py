@@ -124,8 +124,8 @@ def _produce(copies, work, ONCE: gl.constexpr, APART: gl.constexpr, PDL: gl.cons
 
 @gluon.jit
 def _consume(
-    task, work, group: gl.constexpr, END: gl.constexpr, NORM: gl.constexpr, ONCE: gl.constexpr, APART: gl.constexpr,
-    PDL: gl.constexpr,
+    task, work, group: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr, NORM: gl.constexpr, ONCE: gl.constexpr,
+    APART: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 rows of the product, and what follows it."""
     boxes, x, ws, full, free, y, ending, norm, M = task
@@ -145,7 +145,7 @@ def _consume(
         else:
             its = ending
         accs = begin(ws, its, m0 + 64 * group, firsts, M, N, END)
-        coming = meanwhile(accs, its, m0 + 64 * group, firsts, M, N, END)
+        coming = meanwhile(accs, its, m0 + 64 * group, firsts, M, N, END, SIZE)
         if NORM > 0:
             sums = squares_of(norm, m0 + 64 * group, M, NORM)
         for i in range(gl.cdiv(KS, x.shape[2])):
@@ -162,14 +162,14 @@ def _consume(
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
         if NORM > 0:
             accs = normalised(accs, sums, norm, KS)
-        finish(accs, coming, y + part.to(gl.int64) * YS, its, m0 + 64 * group, firsts, M, N, x.dtype, END)
+        finish(accs, coming, y + part.to(gl.int64) * YS, its, m0 + 64 * group, firsts, M, N, x.dtype, END, SIZE)
 
 
 @gluon.jit
 def tall_kernel(
-    x_box, w_box, w_rest_box, y, end, norm, work, M, REST: gl.constexpr, END: gl.constexpr, NORM: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ONCE: gl.constexpr, APART: gl.constexpr,
-    PDL: gl.constexpr,
+    x_box, w_box, w_rest_box, y, end, norm, work, M, REST: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr,
+    NORM: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ONCE: gl.constexpr,
+    APART: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """y [parts M N] of x [M K] and w [N K], ended as END has it (`tall_ends.finish`); for "gate" w [2N K] is gate over up.
 
@@ -194,12 +194,12 @@ def tall_kernel(
     copies = (x_box, boxes, x, ws, full, free)
     if GROUPS == 1:
         gl.warp_specialize([
-            (_consume, (task, work, gl.constexpr(0), END, NORM, ONCE, APART, PDL)),
+            (_consume, (task, work, gl.constexpr(0), END, SIZE, NORM, ONCE, APART, PDL)),
             (_produce, (copies, work, ONCE, APART, PDL)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (task, work, gl.constexpr(0), END, NORM, ONCE, APART, PDL)),
-            (_consume, (task, work, gl.constexpr(1), END, NORM, ONCE, APART, PDL)),
+            (_consume, (task, work, gl.constexpr(0), END, SIZE, NORM, ONCE, APART, PDL)),
+            (_consume, (task, work, gl.constexpr(1), END, SIZE, NORM, ONCE, APART, PDL)),
             (_produce, (copies, work, ONCE, APART, PDL)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -13,8 +13,6 @@ from mllm.kernels.hopper import MULTIPROCESSORS, TYPES
 
 HEAD = 128
 """The size of the heads of a decoder that are normalised, rotated and written where they are made."""
-TURNED_HEAD = 64
-"""The same for those of an encoder, which are rotated."""
 LEAST = 128
 """Rows up to which starting and ending is so much of a product that it is ours."""
 FEW = 256
@@ -83,13 +81,18 @@ TILES = {
 """By what ends a product, where the chip can make it in one turn. What is written by whole heads has its outputs in
 one piece."""
 WIDE = {
-    "turn": (Tile(2, (128,), 6), Tile(2, (128, 64), 5), Tile(2, (256,), 4)),
     "heads": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "sum": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "gate": (Tile(2, (64,), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
 }
-WIDEST = (*WIDE["turn"], Tile(2, (256, 16), 4), Tile(2, (256, 32), 4))
-"""The same where it needs more: for these endings, and for others, whose outputs are 1,152 of an encoder, or 4,304, too."""
+WIDEST = (
+    Tile(2, (128,), 6),
+    Tile(2, (128, 64), 5),
+    Tile(2, (256,), 4),
+    Tile(2, (256, 16), 4),
+    Tile(2, (256, 32), 4),
+)
+"""The same where it needs more: for these endings, and for others. In the last two 4,304 and 1,152 outputs come out."""
 LARGE = 256
 """Outputs of a tile from which on a product reads little."""
 TURN = 2000
