@@ -93,3 +93,26 @@ def test_every_weight_that_is_taken_is_read_in_whole_pieces(kept: bool) -> None:
                 tile = few.tile_for(tiles, inputs, kept=kept)
                 assert inputs % (tile.warps * tile.inputs) == 0
                 assert tiles <= tile.programs or tile.kept * tile.warps * tile.inputs >= inputs
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [30, 300])
+def test_what_is_left_of_a_prompt_goes_on_as_the_rows_of_a_step(tokens: int, rows: int, triton_device: str) -> None:
+    from mllm.kernels import cuda
+    from mllm.kernels.norm import add_norm
+    from mllm.kernels.reference import REFERENCE
+
+    on_hopper = triton_device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    ops = cuda.prompt_ops(tokens, wide=on_hopper, hopper=on_hopper)
+    dtype = torch.bfloat16 if on_hopper else torch.float32  # the interpreter multiplies bfloat16 wrongly
+    y, x, norm = (random(*n, device=triton_device).to(dtype) for n in ((rows, 96), (rows, 64), (64,)))
+    out, gate = (random(*n, device=triton_device, scale=0.1).to(dtype) for n in ((64, 96), (256, 64)))
+    want = REFERENCE.linear_add(*(t.float() for t in (y, out, x)))
+    stream, made = ops.norm_gate(ops.linear_add(y, out, x), norm, gate, eps=1e-6)
+    assert error(stream, want) < 1e-2
+    assert error(made, REFERENCE.norm_gate(want, norm.float(), gate.float(), eps=1e-6)[1]) < 1e-2
+    last = torch.arange(rows - 1, -1, -1, device=triton_device)
+    normal = add_norm(want, norm.float(), eps=1e-6)[1]
+    for chosen in (None, last):  # all of them, or some that are chosen, though they be few
+        logits = ops.head(stream, chosen, norm, gate, eps=1e-6)
+        assert error(logits, (normal if chosen is None else normal[chosen]) @ gate.float().T) < 1e-2
