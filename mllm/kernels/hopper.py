@@ -56,6 +56,12 @@ def nothing(columns: gl.constexpr):
 
 
 @gluon.jit
+def halves(acc):
+    """The first and the last columns of acc [64 BN]."""
+    return gl.split(gl.permute(gl.reshape(acc, [64, 2, acc.shape[1] // 2]), [0, 2, 1]))
+
+
+@gluon.jit
 def finished(coming, left: gl.constexpr):
     """What is under way, when all but the `left` products handed in last are there."""
     if len(coming) == 1:

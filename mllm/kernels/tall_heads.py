@@ -1,0 +1,124 @@
+"""What `tall` does with heads where they are made: an encoder's are turned, a decoder's normalised, turned, and its keys and
+values put in their slots."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from mllm.kernels import tall_tiles
+from mllm.kernels.hopper import halves, lines
+
+HEAD = gl.constexpr(tall_tiles.HEAD)
+
+
+@gluon.jit
+def _pairs(acc):
+    """The numbers [64 BN/2] of acc [64 BN] that are rotated with each other, which are neighbours."""
+    return gl.split(gl.reshape(acc, [64, acc.shape[1] // 2, 2]))
+
+
+@gluon.jit
+def angles_of(acc, end, m, n0, M, SIZE: gl.constexpr):
+    """(cos, sin) [64 BN/2] of the pairs of acc [64 BN], whose columns begin at n0: of queries and keys from `end`, as
+    `turned` has it, and of values those of no angle."""
+    _, cos, sin, _, H = end
+    HALF: gl.constexpr = SIZE // 2
+    a, _ = _pairs(acc)
+    layout: gl.constexpr = a.type.layout
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    p = n0 // 2 + gl.arange(0, a.shape[1], gl.SliceLayout(0, layout))
+    at = r[:, None] * HALF + (p % HALF)[None, :]
+    turns = (r < M)[:, None] & (p < 2 * H * HALF)[None, :]
+    return gl.load(cos + at, mask=turns, other=1.0), gl.load(sin + at, mask=turns, other=0.0)
+
+
+@gluon.jit
+def turned(acc, angles, end, m, n0, M, SIZE: gl.constexpr):
+    """acc [64 BN] rotated by heads of SIZE, whose first H are queries, times scale, the next H keys, and the others left
+    alone; end: (bias, cos, sin f32 [M SIZE/2], scale, H)."""
+    _, _, _, scale, H = end
+    a, b = _pairs(acc)
+    if len(angles) == 0:
+        c, s = angles_of(acc, end, m, n0, M, SIZE)
+    else:
+        c, s = angles
+    p = n0 // 2 + gl.arange(0, a.shape[1], gl.SliceLayout(0, a.type.layout))
+    times = gl.where(p < H * (SIZE // 2), scale, 1.0)[None, :]
+    return gl.reshape(gl.join((a * c - b * s) * times, (b * c + a * s) * times), [64, acc.shape[1]])
+
+
+@gluon.jit
+def write_heads(acc, coming, q, end, m, n0, M, dtype: gl.constexpr):
+    """acc [64 BN], one head or two, the first of which begins at column n0."""
+    if acc.shape[1] > HEAD:
+        first, second = halves(acc)
+        _write_head(first, coming, q, end, m, n0 // HEAD, M, dtype)
+        _write_head(second, coming, q, end, m, n0 // HEAD + 1, M, dtype)
+    else:
+        _write_head(acc, coming, q, end, m, n0 // HEAD, M, dtype)
+
+
+@gluon.jit
+def around(acc, end, m, h, M):
+    """What acc [64 D], head h of 64 tokens, is normalised and rotated by: the norm's weight in halves [D/2], and cos and
+    sin [64 D/2]."""
+    q_norm, k_norm, cos, sin, _, _, _, _, _, H, _ = end
+    HALF: gl.constexpr = acc.shape[1] // 2
+    a, _ = halves(acc)
+    layout: gl.constexpr = a.type.layout
+    norm = k_norm
+    if h < H:
+        norm = q_norm
+    i = gl.arange(0, HALF, gl.SliceLayout(0, layout))
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    at = r[:, None] * HALF + i[None, :]
+    c = gl.load(cos + at, mask=(r < M)[:, None], other=0.0)
+    s = gl.load(sin + at, mask=(r < M)[:, None], other=0.0)
+    return gl.load(norm + i), gl.load(norm + HALF + i), c, s
+
+
+@gluon.jit
+def slots_of(acc, end, m, M):
+    """Where the keys and values of 64 tokens go [64]."""
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, lines(acc.shape[1])))
+    return gl.load(end[4] + r, mask=r < M, other=0)
+
+
+@gluon.jit
+def _write_head(acc, coming, q, end, m, h, M, dtype: gl.constexpr):
+    """acc [64 D], head h of 64 tokens. One of the first H is a query: normalised, rotated and scaled it goes to q [M H D].
+    The next K are keys, normalised and rotated, and the others values; they go to slots [M] of their pools [slots K D].
+
+    end: (q_norm, k_norm, cos, sin f32 [M D/2], slots, keys, values, scale, eps, H, K).
+    """
+    _, _, _, _, _, keys, values, scale, eps, H, K = end
+    D: gl.constexpr = acc.shape[1]
+    if h < H + K:
+        a, b = halves(acc)
+        factor = gl.rsqrt(gl.sum(a * a + b * b, 1) / D + eps)[:, None]
+        if len(coming) == 0:
+            a_norm, b_norm, c, s = around(acc, end, m, h, M)
+        else:
+            a_norm, b_norm, c, s = coming[0], coming[1], coming[2], coming[3]
+        a *= factor * a_norm.to(gl.float32)[None, :]
+        b *= factor * b_norm.to(gl.float32)[None, :]
+        times = gl.where(h < H, scale, 1.0)
+        pair = gl.join((a * c - b * s) * times, (b * c + a * s) * times)
+        acc = gl.convert_layout(gl.reshape(gl.permute(pair, [0, 2, 1]), [64, D]), acc.type.layout)
+    layout: gl.constexpr = lines(D)
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    inside = (r < M)[:, None] & (h < H + 2 * K)  # a piece of two heads may begin with the last
+    if len(coming) == 0:
+        slot = slots_of(acc, end, m, M)
+    else:
+        slot = coming[4]
+    at = (slot * K + (h - H) % K)[:, None] * D + d[None, :]
+    out = gl.convert_layout(acc.to(dtype), layout)
+    if h < H:
+        gl.store(q + (r.to(gl.int64) * H + h)[:, None] * D + d[None, :], out, mask=inside)
+    elif h < H + K:
+        gl.store(keys + at, out, mask=inside)
+    else:
+        gl.store(values + at, out, mask=inside)
