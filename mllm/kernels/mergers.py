@@ -25,8 +25,6 @@ from mllm.weights import Merger, TapMerger, stacks_of
 MATRICES = "up", "up_bias", "down", "down_bias"
 """Of a merger, which lie with those of the others."""
 
-WARPS = 8
-
 
 class Unmerged(NamedTuple):
     """A stream x [X Ev] that is yet to be merged."""
@@ -128,6 +126,6 @@ def normed(waiting: Sequence[Unmerged], *, pdl: bool) -> Tensor:
         tuple(w.weights.norm_bias for w in waiting), tuple(int(len(norm) == joined) for norm in norms), y, rows,
         y.stride(0), width, EPS, N=len(waiting), COUNT=count, CP=triton.next_power_of_2(count),
         EP=triton.next_power_of_2(width), PARTS=0 if parts.numel() == 0 else len(parts), SHIFT=shift is not None,
-        num_warps=WARPS, **options(pdl),
+        num_warps=8, **options(pdl),
     )  # fmt: skip
     return y
