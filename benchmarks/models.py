@@ -16,6 +16,7 @@ import mllm
 from mllm import families, signs, state
 from mllm.checkpoint import PAIRED, RULES
 from mllm.model import Model
+from mllm.weights import paired
 
 _TEXT = {
     "attention_bias": False, "head_dim": 64, "hidden_act": "silu", "hidden_size": 256, "intermediate_size": 768,
@@ -127,14 +128,9 @@ def _named(path: str, tensor: Tensor, model: Model, prefixes: dict[str, str]) ->
         kernel = (tensor / frames).view(-1, 3, 1, side, side).expand(-1, -1, frames, -1, -1)
         return {keys[0]: kernel.contiguous().cpu()}
     if vision is not None and PAIRED.fullmatch(path):
-        tensor = _apart(tensor, vision.num_heads)
+        order = paired(torch.arange(len(tensor)), vision.num_heads)
+        tensor = torch.empty_like(tensor).index_copy_(0, order.to(tensor.device), tensor)
     heads, kv_heads = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     sizes = {3: (heads, kv_heads, kv_heads), 2: (text.intermediate_size,) * 2, 1: (len(tensor),)}[len(keys)]
     parts = tensor.split(sizes) if len(keys) > 1 else (tensor,)
     return {key: part.contiguous().clone().cpu() for key, part in zip(keys, parts, strict=True)}
-
-
-def _apart(qkv: Tensor, heads: int) -> Tensor:
-    """`mllm.weights.paired` backwards: rows that make a pair half a head apart."""
-    q_k, v = qkv[: len(qkv) // 3 * 2], qkv[len(qkv) // 3 * 2 :]
-    return torch.cat((q_k.view(2 * heads, -1, 2, *qkv.shape[1:]).transpose(1, 2).flatten(0, 2), v))

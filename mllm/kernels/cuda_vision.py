@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mllm.batch import PatchBatch
+from mllm.batch import PatchBatch, joined
 from mllm.config import VisionConfig
 from mllm.kernels import flash, flash_hopper, mergers, patches, products, resize, rope, tall
 from mllm.kernels.norm import Stream, add_norm
@@ -108,7 +108,7 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], 
             image_q, image_k, image_v = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             y = F.scaled_dot_product_attention(image_q, image_k, image_v)
             parts.append(y.squeeze(0).transpose(0, 1).flatten(1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined(parts)
 
 
 def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, pdl: bool) -> Stream:

@@ -16,9 +16,19 @@ LOG2E = gl.constexpr(flash.LOG2E)
 
 
 @gluon.constexpr_function
+def _adds(END):
+    return END in ("add", "bias_add", "scale")
+
+
+@gluon.constexpr_function
+def _biased(END):
+    return END in ("bias", "bias_add", "gelu_none", "gelu_tanh", "turn")
+
+
+@gluon.constexpr_function
 def waits(END):
     """Whether what `begin` or `meanwhile` load is of kernels before this one."""
-    return END in ("add", "bias_add", "scale", "turn", "heads")
+    return _adds(END) or END in ("turn", "heads")
 
 
 @gluon.constexpr_function
@@ -33,9 +43,9 @@ def begin(ws, end, m, firsts, M, N, END: gl.constexpr):
     accs = ()
     for j in gl.static_range(len(ws)):
         acc = nothing(ws[j].shape[1])
-        if END == "add" or END == "bias_add" or END == "scale":
+        if _adds(END):
             acc = _there(end[-1], m, firsts[j], M, N, ws[j].shape[1])
-        if END != "plain" and END != "add" and END != "scale" and END != "gate" and END != "heads":
+        if _biased(END):
             acc += _row(acc, end[0], firsts[j], N)[None, :]
         accs += (acc,)  # type: ignore[assignment]
     return accs
@@ -73,7 +83,7 @@ def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr, SIZE: gl.constexpr)
         elif END == "turn" and ahead:
             coming += (angles_of(accs[j], end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
         elif END == "heads" and ahead:
-            coming += (around(accs[j], end, m, firsts[j] // HEAD, M) + (slots_of(accs[j], end, m, M),),)  # type: ignore[assignment]
+            coming += ((around(accs[j], end, m, firsts[j] // HEAD, M), slots_of(accs[j], end, m, M)),)  # type: ignore[assignment]
         else:
             coming += ((),)  # type: ignore[assignment]
     return coming
@@ -147,26 +157,19 @@ def _normal(x):
 
 
 @gluon.jit
-def _pieces(acc, WIDTH: gl.constexpr):
-    """acc [64 BN] in pieces of so many columns at most, which are laid out anew in the same shared memory, one by one."""
-    if acc.shape[1] <= WIDTH:
-        pieces = (acc,)
-    else:
-        left, right = halves(acc)
-        pieces = _pieces(left, WIDTH) + _pieces(right, WIDTH)
-    return pieces
-
-
-@gluon.jit
 def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
-    """acc [64 BN] to the rows from m and the columns from n0 on of y [M N]."""
-    pieces = _pieces(acc, 128)
-    BN: gl.constexpr = pieces[0].shape[1]
-    layout: gl.constexpr = lines(BN)
-    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    for i in gl.static_range(len(pieces)):
-        c = n0 + i * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
-        out = gl.convert_layout(pieces[i].to(dtype), layout)
+    """acc [64 BN] to the rows from m and the columns from n0 on of y [M N]; what is wide in halves, which are laid out anew
+    in the same shared memory, one by one."""
+    BN: gl.constexpr = acc.shape[1]
+    if BN > 128:
+        left, right = halves(acc)
+        _store(left, y, m, n0, M, N, dtype)
+        _store(right, y, m, n0 + BN // 2, M, N, dtype)
+    else:
+        layout: gl.constexpr = lines(BN)
+        r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        c = n0 + gl.arange(0, BN, gl.SliceLayout(0, layout))
+        out = gl.convert_layout(acc.to(dtype), layout)
         gl.store(y + r.to(gl.int64)[:, None] * N + c[None, :], out, mask=(r < M)[:, None] & (c < N)[None, :])
 
 

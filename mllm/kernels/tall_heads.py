@@ -19,6 +19,12 @@ def _pairs(acc):
 
 
 @gluon.jit
+def _rotated(a, b, c, s, times):
+    """The pairs (a, b) turned by the angle of (c, s), times `times`, side by side."""
+    return gl.join((a * c - b * s) * times, (b * c + a * s) * times)
+
+
+@gluon.jit
 def angles_of(acc, end, m, n0, M, SIZE: gl.constexpr):
     """(cos, sin) [64 BN/2] of the pairs of acc [64 BN], whose columns begin at n0: of queries and keys from `end`, as
     `turned` has it, and of values those of no angle."""
@@ -45,12 +51,13 @@ def turned(acc, angles, end, m, n0, M, SIZE: gl.constexpr):
         c, s = angles
     p = n0 // 2 + gl.arange(0, a.shape[1], gl.SliceLayout(0, a.type.layout))
     times = gl.where(p < H * (SIZE // 2), scale, 1.0)[None, :]
-    return gl.reshape(gl.join((a * c - b * s) * times, (b * c + a * s) * times), [64, acc.shape[1]])
+    return gl.reshape(_rotated(a, b, c, s, times), [64, acc.shape[1]])
 
 
 @gluon.jit
 def write_heads(acc, coming, q, end, m, n0, M, dtype: gl.constexpr):
-    """acc [64 BN], one head or two, the first of which begins at column n0."""
+    """acc [64 BN], one head or two, the first of which begins at column n0; coming: what `around` and `slots_of` have of the
+    one, or nothing."""
     if acc.shape[1] > HEAD:
         first, second = halves(acc)
         _write_head(first, coming, q, end, m, n0 // HEAD, M, dtype)
@@ -100,11 +107,10 @@ def _write_head(acc, coming, q, end, m, h, M, dtype: gl.constexpr):
         if len(coming) == 0:
             a_norm, b_norm, c, s = around(acc, end, m, h, M)
         else:
-            a_norm, b_norm, c, s = coming[0], coming[1], coming[2], coming[3]
+            a_norm, b_norm, c, s = coming[0]
         a *= factor * a_norm.to(gl.float32)[None, :]
         b *= factor * b_norm.to(gl.float32)[None, :]
-        times = gl.where(h < H, scale, 1.0)
-        pair = gl.join((a * c - b * s) * times, (b * c + a * s) * times)
+        pair = _rotated(a, b, c, s, gl.where(h < H, scale, 1.0))
         acc = gl.convert_layout(gl.reshape(gl.permute(pair, [0, 2, 1]), [64, D]), acc.type.layout)
     layout: gl.constexpr = lines(D)
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -113,7 +119,7 @@ def _write_head(acc, coming, q, end, m, h, M, dtype: gl.constexpr):
     if len(coming) == 0:
         slot = slots_of(acc, end, m, M)
     else:
-        slot = coming[4]
+        slot = coming[1]
     at = (slot * K + (h - H) % K)[:, None] * D + d[None, :]
     out = gl.convert_layout(acc.to(dtype), layout)
     if h < H:

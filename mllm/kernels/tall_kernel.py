@@ -174,9 +174,9 @@ def tall_kernel(
     """y [parts M N] of x [M K] and w [N K], ended as END has it (`tall_ends.finish`); for "gate" w [2N K] is gate over up.
 
     work: (total, MT, NT, N, KS, MX, YS), for KS inputs a part, each of MT by NT tiles, and YS numbers from that of the part
-    before. APART: each part is a product of its own, of the next MX rows of x, N of w and N of a bias. ONCE: a program
-    makes one tile; else all are shared out, and the next is copied while one is ended. NORM: 0, or where x is `Scaled` the
-    power of two that is enough for a row's sums in `norm`, which is as `tall_ends.squares_of` has it.
+    before. SIZE: of the heads to "turn". APART: each part is a product of its own, of the next MX rows of x, N of w and N of
+    a bias. ONCE: a program makes one tile; else all are shared out, and the next is copied while one is ended. NORM: 0, or
+    where x is `Scaled` the power of two that is enough for a row's sums in `norm`, which `tall_ends.squares_of` describes.
     """
     launch_dependents(PDL)
     BM: gl.constexpr = x_box.block_shape[0]
