@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mllm
 from mllm import families, signs, state
-from mllm.checkpoint import PAIRED, RULES
+from mllm.checkpoint import FOLDED, RULES
 from mllm.model import Model
 from mllm.weights import paired
 
@@ -127,9 +127,12 @@ def _named(path: str, tensor: Tensor, model: Model, prefixes: dict[str, str]) ->
         frames, side = vision.temporal_patch_size, vision.patch_size
         kernel = (tensor / frames).view(-1, 3, 1, side, side).expand(-1, -1, frames, -1, -1)
         return {keys[0]: kernel.contiguous().cpu()}
-    if vision is not None and PAIRED.fullmatch(path):
-        order = paired(torch.arange(len(tensor)), vision.num_heads)
-        tensor = torch.empty_like(tensor).index_copy_(0, order.to(tensor.device), tensor)
+    if vision is not None and (field := FOLDED.fullmatch(path)):  # after a norm that does nothing
+        if field[1] == "qkv":
+            order = paired(torch.arange(len(tensor)), vision.num_heads)
+            tensor = torch.empty_like(tensor).index_copy_(0, order.to(tensor.device), tensor)
+        norm = torch.full((vision.hidden_size,), 0.0 if field[2] else 1.0, dtype=tensor.dtype)
+        return {keys[0]: tensor.contiguous().clone().cpu(), keys[-1]: norm}
     heads, kv_heads = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     sizes = {3: (heads, kv_heads, kv_heads), 2: (text.intermediate_size,) * 2, 1: (len(tensor),)}[len(keys)]
     parts = tensor.split(sizes) if len(keys) > 1 else (tensor,)

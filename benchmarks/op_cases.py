@@ -186,7 +186,7 @@ def _vision_plan(a: Arguments) -> OpCase:
 
 def _layer_norm_linear(a: Arguments) -> OpCase:
     x, w = _block(a)
-    return OpCase(args=(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias), kwargs={}, work=linear_work(x, w.qkv))
+    return OpCase(args=(x, w.qkv, w.qkv_bias), kwargs={}, work=linear_work(x, w.qkv))
 
 
 def _attend_images(a: Arguments) -> OpCase:
@@ -205,7 +205,7 @@ def _linear_bias_add(a: Arguments) -> OpCase:
 
 def _layer_norm_gelu(a: Arguments) -> OpCase:
     x, w = _block(a)
-    return OpCase(args=(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias), kwargs={}, work=linear_work(x, w.up))
+    return OpCase(args=(x, w.up, w.up_bias), kwargs={}, work=linear_work(x, w.up))
 
 
 def _merge(a: Arguments) -> OpCase:

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from mllm.config import Config
 from mllm.errors import CheckpointError
 from mllm.files import check_inside
-from mllm.weights import Weights, build, paired, room
+from mllm.weights import Weights, bias_after_norm, build, paired, room, weight_after_norm
 
-# Field (layer numbers as #) -> the stored tensors that are stacked along its first axis. `{text}` and `{vision}` are
-# the prefixes of the family, below. A stored tensor has the shape of its field, unless sizes follow its name.
+# Field (layer numbers as #) -> the stored tensors that are stacked along its first axis, or are what FOLDED, below, makes
+# it of. `{text}` and `{vision}` are the prefixes of the family, below. A stored tensor has the shape of its field, unless
+# sizes follow its name.
 RULES = {
     "text.embed": ("{text}embed_tokens.weight",),
     "text.norm": ("{text}norm.weight",),
@@ -48,16 +49,20 @@ RULES = {
     "vision.patch": ("{vision}patch_embed.proj.weight Ev channels frames side side",),
     "vision.patch_bias": ("{vision}patch_embed.proj.bias",),
     "vision.position": ("{vision}pos_embed.weight",),
-    "vision.blocks.#.norm_in": ("{vision}blocks.#.norm1.weight",),
-    "vision.blocks.#.norm_in_bias": ("{vision}blocks.#.norm1.bias",),
-    "vision.blocks.#.qkv": ("{vision}blocks.#.attn.qkv.weight",),
-    "vision.blocks.#.qkv_bias": ("{vision}blocks.#.attn.qkv.bias",),
+    "vision.blocks.#.qkv": ("{vision}blocks.#.attn.qkv.weight", "{vision}blocks.#.norm1.weight Ev"),
+    "vision.blocks.#.qkv_bias": (
+        "{vision}blocks.#.attn.qkv.bias",
+        "{vision}blocks.#.attn.qkv.weight Cv Ev",
+        "{vision}blocks.#.norm1.bias Ev",
+    ),
     "vision.blocks.#.out": ("{vision}blocks.#.attn.proj.weight",),
     "vision.blocks.#.out_bias": ("{vision}blocks.#.attn.proj.bias",),
-    "vision.blocks.#.norm_mlp": ("{vision}blocks.#.norm2.weight",),
-    "vision.blocks.#.norm_mlp_bias": ("{vision}blocks.#.norm2.bias",),
-    "vision.blocks.#.up": ("{vision}blocks.#.mlp.linear_fc1.weight",),
-    "vision.blocks.#.up_bias": ("{vision}blocks.#.mlp.linear_fc1.bias",),
+    "vision.blocks.#.up": ("{vision}blocks.#.mlp.linear_fc1.weight", "{vision}blocks.#.norm2.weight Ev"),
+    "vision.blocks.#.up_bias": (
+        "{vision}blocks.#.mlp.linear_fc1.bias",
+        "{vision}blocks.#.mlp.linear_fc1.weight Fv Ev",
+        "{vision}blocks.#.norm2.bias Ev",
+    ),
     "vision.blocks.#.down": ("{vision}blocks.#.mlp.linear_fc2.weight",),
     "vision.blocks.#.down_bias": ("{vision}blocks.#.mlp.linear_fc2.bias",),
 }
@@ -70,8 +75,8 @@ for _field, _name in _MERGER.items():
 _PREFIXES = {"text": "model.", "vision": ""}
 _PREFIXES_VISION = {"text": "model.language_model.", "vision": "model.visual."}
 
-PAIRED = re.compile(r"vision\.blocks\.\d+\.qkv(_bias)?")
-"""Fields whose rows come in another order than the files have."""
+FOLDED = re.compile(r"vision\.blocks\.\d+\.(qkv|up)(_bias)?")
+"""Fields that hold their part of the layer norm before them, and of queries and keys in pairs: see `weights.Block`."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
@@ -130,10 +135,13 @@ def load(
 
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
-            value = _stack(joined[path], empty(path, shape))
-            if config.vision and PAIRED.fullmatch(path):
-                value.copy_(paired(value, config.vision.num_heads))
-            return value
+            out = empty(path, shape)
+            field = FOLDED.fullmatch(path)
+            if not (field and config.vision):
+                return _stack(joined[path], out)
+            # copies, as sums depend on where in memory a product's factors begin
+            value = _folded(*(part.read().to(device, torch.float32, copy=True) for part in joined[path]))
+            return out.copy_(paired(value, config.vision.num_heads) if field[1] == "qkv" else value)
 
         return build(config, make)
 
@@ -145,7 +153,7 @@ def _join(config: Config, parts: Mapping[str, Part], folder: Path) -> dict[str, 
     if vision := config.vision:
         sizes |= {"channels": vision.in_channels, "frames": vision.temporal_patch_size, "side": vision.patch_size}
     joined: dict[str, list[Part]] = {}
-    missing: list[str] = []
+    missing: dict[str, None] = {}  # in order; one may be wanted twice
 
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
         number = re.search(r"\d+", path)
@@ -154,7 +162,7 @@ def _join(config: Config, parts: Mapping[str, Part], folder: Path) -> dict[str, 
             stored, *dims = rule.split()
             name = stored.format(**prefixes).replace("#", number[0] if number else "")
             if name not in parts:
-                missing.append(name)
+                missing[name] = None
                 continue
             parts[name].check(tuple(math.prod(sizes[x] for x in dim.split("*")) for dim in dims) or shape)
             joined[path].append(parts[name])
@@ -165,7 +173,7 @@ def _join(config: Config, parts: Mapping[str, Part], folder: Path) -> dict[str, 
     redundant = {HEAD} if config.text.tie_word_embeddings else set()
     extra = sorted(parts.keys() - used - redundant)
     if missing or extra:
-        lines = [f"  missing: {name}" for name in missing[:8]] + [f"  unknown: {name}" for name in extra[:8]]
+        lines = [f"  missing: {name}" for name in list(missing)[:8]] + [f"  unknown: {name}" for name in extra[:8]]
         raise CheckpointError(
             f"{folder}: the tensors are not those of this config.json "
             f"({len(missing)} missing, {len(extra)} unknown):\n" + "\n".join(lines)
@@ -183,6 +191,11 @@ def _stack(group: list[Part], out: Tensor) -> Tensor:
         out[row : row + len(value)].copy_(value)
         row += len(value)
     return out
+
+
+def _folded(first: Tensor, second: Tensor, norm_bias: Tensor | None = None) -> Tensor:
+    """A weight, of what is stored and the norm's; or a bias, of what is stored, the stored weight and the norm's bias."""
+    return weight_after_norm(first, second) if norm_bias is None else bias_after_norm(first, second, norm_bias)
 
 
 def _check_tied(head: Part, embed: Part) -> None:

@@ -88,16 +88,13 @@ class TextWeights(State):
 
 @state
 class Block(State):
-    """One layer of the vision encoder. Rows of `qkv` that make a pair, which is rotated, are neighbours: `paired`."""
+    """One layer of the vision encoder. Rows of `qkv` that make a pair, which is rotated, are neighbours: `paired`. The
+    layer norms before `qkv` and `up` have no weights: they are in those, by `weight_after_norm` and `bias_after_norm`."""
 
-    norm_in: Tensor = tensor("Ev")
-    norm_in_bias: Tensor = tensor("Ev")
     qkv: Tensor = tensor("Cv Ev")
     qkv_bias: Tensor = tensor("Cv")
     out: Tensor = tensor("Ev Ev")
     out_bias: Tensor = tensor("Ev")
-    norm_mlp: Tensor = tensor("Ev")
-    norm_mlp_bias: Tensor = tensor("Ev")
     up: Tensor = tensor("Fv Ev")
     up_bias: Tensor = tensor("Fv")
     down: Tensor = tensor("Ev Fv")
@@ -161,6 +158,20 @@ def paired(qkv: Tensor, heads: int) -> Tensor:
     q_k, v = qkv[: len(qkv) // 3 * 2], qkv[len(qkv) // 3 * 2 :]
     halves = q_k.view(2 * heads, 2, -1, *qkv.shape[1:])
     return torch.cat((halves.transpose(1, 2).flatten(0, 2), v))
+
+
+def weight_after_norm(weight: Tensor, norm: Tensor | float = 1.0) -> Tensor:
+    """The weight [N K] that does with (x - mean) / deviation what `weight` does after a layer norm with `norm` [K].
+
+    Each row sums up to 0, which takes the mean off by itself: the product may be one of x as it is, and divided afterwards.
+    """
+    weight = weight * norm
+    return weight - weight.mean(1, keepdim=True)
+
+
+def bias_after_norm(bias: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
+    """The bias [N] of that product, of the bias [N] and weight [N K] of the one after a layer norm with `norm_bias` [K]."""
+    return bias + weight @ norm_bias
 
 
 def build(config: Config, make: Make) -> Weights:
@@ -241,6 +252,8 @@ def random(config: Config, *, seed: int = 0, device: str | torch.device = "cpu",
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
         made = empty(path, shape).normal_(0.0, 0.02, generator=generator)
         name = path.rpartition(".")[2]
+        if path.startswith("vision.blocks.") and name in ("qkv", "up"):
+            made.copy_(weight_after_norm(made.float()))
         is_scale = "norm" in name and not name.endswith("bias")
         return made.add_(1.0) if is_scale else made
 

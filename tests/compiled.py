@@ -116,14 +116,17 @@ def vision(model: str, count: int, *, wide: bool, hopper: bool) -> None:
     one = attrs.evolve(batch, indptr=empty(2, dtype=torch.int32))  # type: ignore[misc]
     plans = [ops.vision_plan(b, config=config.vision) for b in (one, batch)]
     x, w = ops.patch_embed(batch, weights, config=config.vision), weights.blocks[0]
-    x, qkv = ops.layer_norm_linear(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias)
+    x, qkv = ops.layer_norm_linear(x, w.qkv, w.qkv_bias)
     for plan in plans:
         y = ops.attend_images(qkv, plan)
     x = ops.linear_bias_add(y, w.out, w.out_bias, x)
-    x, g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
+    x, g = ops.layer_norm_gelu(x, w.up, w.up_bias)
     x = ops.linear_bias_add(g, w.down, w.down_bias, x)
     mergers = weights.merger, *weights.taps
-    merged = [ops.merge(x, merger) for merger in mergers]
+    merged = []
+    for merger in mergers:
+        x, waiting = ops.merge(x, merger)
+        merged.append(waiting)
     for some in (merged, merged[:1], merged[1:2]):
         assert ops.features(some).shape == (len(some), count // 4, size["E"])
 

@@ -145,7 +145,7 @@ def test_mergers_that_waited_make_what_each_would_have_made(device: str, hopper:
                 stream = (
                     Pending(x, torch.randn_like(x.expand(parts, *x.shape)), merger.down_bias[:1024]) if parts else x
                 )
-                waiting.append(mergers.merge(stream, merger, pdl=True))
+                waiting.append(mergers.merge(stream, merger, pdl=True)[1])
             got = mergers.features(waiting, pdl=True)
             assert got.shape == (4, rows // 4, 2048)
             for one, waited in zip(got, waiting, strict=True):
@@ -173,6 +173,33 @@ def test_two_products_do_the_norm_between_them(
     assert error(total, exact) < 1e-2
     assert error(tall.linear(scaled, after, pdl=pdl), normal @ after.double().T) < 1e-2
     assert error(tall.gated(scaled, after, pdl=pdl), torch.nn.functional.silu(gate) * up) < 1e-2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "pdl"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)])
+@pytest.mark.parametrize(
+    "shape", [(4, 320, 256), (256, 1024, 1024), (900, 640, 1152), (1024, 1024, 1024), (4500, 320, 1536)], ids=str
+)
+def test_two_products_do_the_layer_norm_between_them(
+    shape: tuple[int, int, int], dtype: torch.dtype, pdl: bool, device: str, hopper: None
+) -> None:
+    from mllm.kernels import tall
+    from mllm.weights import weight_after_norm
+
+    rows, _, width = shape
+    x, weight, bias = factors(shape, dtype, device)
+    y, after, after_bias = factors((rows, width, 4608), dtype, device)
+    after = weight_after_norm(after.float()).to(dtype)
+    exact = y.double() + x.double() @ weight.double().T + bias.double()
+    want = torch.nn.functional.layer_norm(exact, (width,), eps=1e-6) @ after.double().T + after_bias.double()
+    total, unnormed = tall.measured(x, weight, y, bias, eps=1e-6, pdl=pdl)
+    assert error(total, exact) < 1e-2
+    assert error(tall.linear(unnormed, after, after_bias, pdl=pdl), want) < 1e-2
+    gelu = torch.nn.functional.gelu(want, approximate="tanh")
+    assert error(tall.linear(unnormed, after, after_bias, gelu="tanh", pdl=pdl), gelu) < 1e-2
+    cos, sin = torch.ones(2, rows, 32, device=device)
+    turned = tall.turned(unnormed, after, after_bias, cos, sin * 0, scale=1.0, pdl=pdl)
+    assert error(turned.flatten(1), want) < 1e-2
 
 
 @pytest.mark.cuda
@@ -255,6 +282,9 @@ def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
     assert [n for n in (256, 512, 640, 896, 1024, 4096) if pays("other", x(n, 1024), 4096)] == [256, 896, 1024]
     assert [n for n in (512, 1024, 4096) if pays("other", x(n, 1152), 4304)] == [1024]  # 128 tiles of 272 outputs
     assert [rows for rows in (576, 1024, 1600, 4096) if pays("turn", x(rows, 1024), 3072)] == [576, 1024, 4096]
+    # of one turn's products beyond 256 rows the norm between them hides the start
+    assert [n for n in (64, 256, 1024, 1600, 4096) if pays("other", x(n, 1024), 4096, normed=True)] == [64, 256, 4096]
+    assert [n for n in (64, 256, 1024, 1600, 4096) if pays("turn", x(n, 1024), 3072, normed=True)] == [64, 256, 4096]
     assert pays("sum", x(1000, 1024), 1024)  # few outputs
     assert [rows for rows in (512, 640, 1024, 4096) if pays("sum", x(rows, 6144), 2048)] == [512, 1024, 4096]
     assert not pays("gate", x(256, dtype=torch.float32), 6144)
@@ -302,8 +332,11 @@ def test_a_norm_is_done_by_the_products_around_it_where_no_number_overflows(
         for n in ((256, 2048), (256, 2048), (2048, 2048), (2048,), (12288, 2048))
     )
     monkeypatch.setattr(tall, "scaled", lambda *_, **__: (x, "by the products"))
+    monkeypatch.setattr(tall, "measured", lambda *_, **__: (x, "by the products, layer norm"))
     monkeypatch.setattr(products, "added", lambda *_, **__: x)
     monkeypatch.setattr(products, "add_norm", lambda *_, **__: (x, "by itself"))
+    run = functools.partial(products.normed, weight=weight, eps=1e-6, product=lambda x, _: x, ending="gate", pdl=True)
     stream = products.Unadded(y, into, x)
-    done = products.normed(stream, norm, weight, eps=1e-6, product=lambda x, _: x, ending="gate")[1]
-    assert done == ("by the products" if dtype == torch.bfloat16 else "by itself")
+    assert run(stream, norm)[1] == ("by the products" if dtype == torch.bfloat16 else "by itself")
+    assert run(stream._replace(bias=norm), None)[1] == "by the products, layer norm"
+    assert run(x, None)[1] == "by itself"

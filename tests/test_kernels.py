@@ -244,7 +244,7 @@ def test_streams_are_merged_with_what_is_to_be_added_to_them(
             parts, bias = noise(2, 24, width), noise(width) if "bias" in kind else None
             stream, total = Pending(x, parts, bias), parts.sum(0) + (0 if bias is None else bias)
         waiting.append(mergers.Unmerged(stream, merger))
-        want.append(reference_vision.merge(x + total, merger))
+        want.append(reference_vision.merge(x + total, merger)[1])
         assert error(mergers.merged(stream, merger, pdl=False), want[-1]) < 1e-5
     assert error(mergers.features(waiting, pdl=False), torch.stack(want)) < 1e-5
     # one; one made before; not in the order of their weights
@@ -270,7 +270,7 @@ def test_streams_of_different_forms_are_merged_one_by_one(device: str, ops: func
     ]
     streams = x, Pending(x, x[None], None)
     got = mergers.features([mergers.Unmerged(s, w) for s, w in zip(streams, weights, strict=True)], pdl=False)
-    want = [reference_vision.merge(s, w) for s, w in zip((x, 2 * x), weights, strict=True)]
+    want = [reference_vision.merge(s, w)[1] for s, w in zip((x, 2 * x), weights, strict=True)]
     assert error(got, torch.stack(want)) < 1e-5
 
 

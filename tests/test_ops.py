@@ -71,15 +71,15 @@ def randn(g: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
 
 
 def affine(g: torch.Generator, width: int, out: int) -> list[Tensor]:
-    """Scale and bias of a layer norm, weight and bias of the projection after it."""
-    return [1 + randn(g, width), randn(g, width), randn(g, out, width, scale=0.2), randn(g, out)]
+    """Weight and bias of a projection after a layer norm."""
+    return [randn(g, out, width, scale=0.2), randn(g, out)]
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | float = 1.0, bias: Tensor | float = 0.0) -> Tensor:
     x = x - x.mean(-1, keepdim=True)
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
 
@@ -278,10 +278,10 @@ CASES = [
          want=image_attention),
     Case(op="layer_norm_linear",
          make=lambda g: ([randn(g, 5, 24) + 3, *affine(g, 24, 17)], {}),
-         want=lambda x, norm, norm_bias, weight, bias: layer_norm(x, norm, norm_bias) @ weight.T + bias),
+         want=lambda x, weight, bias: layer_norm(x) @ weight.T + bias),
     Case(op="layer_norm_gelu",
          make=lambda g: ([randn(g, 5, 24), *affine(g, 24, 17)], {}),
-         want=lambda x, norm, norm_bias, weight, bias: gelu_tanh(layer_norm(x, norm, norm_bias) @ weight.T + bias)),
+         want=lambda x, weight, bias: gelu_tanh(layer_norm(x) @ weight.T + bias)),
     Case(op="linear_bias_add",
          make=lambda g: ([randn(g, 5, 20), randn(g, 24, 20, scale=0.2), randn(g, 24), randn(g, 5, 24)], {}),
          want=lambda y, weight, bias, x: x + y @ weight.T + bias),
@@ -337,7 +337,8 @@ def test_an_op_computes_its_definition(table: tuple[Ops, str], case: Case, dtype
     want = case.want(*exact, **kwargs)
     got = call(ops, case, map_leaves(lambda t: t.to(device).clone(), args), kwargs)
     assert got.dtype == {"head": torch.float32, "cut": torch.uint8, "resize": torch.uint8}.get(case.op, dtype)
-    assert_close(got.reshape(want.shape), want, TOLERANCE[dtype], case.op)
+    rough = case.op == "layer_norm_gelu" and device == "cuda"  # the tanh of an epilogue of cuBLAS
+    assert_close(got.reshape(want.shape), want, max(TOLERANCE[dtype], 6e-6 if rough else 0), case.op)
 
 
 def test_every_op_of_the_table_has_a_case() -> None:

@@ -178,8 +178,8 @@ def _chained(*, unmade: bool = False) -> dict[str, Callable[..., Any]]:
     linear = products.Unmade if unmade else partial(products.linear, pdl=True)
     gated = partial(products.gated, pdl=True)
     return {
-        "norm_linear": partial(products.normed, product=linear, ending="heads" if unmade else "other"),
-        "norm_gate": partial(products.normed, product=gated, ending="gate"),
+        "norm_linear": partial(products.normed, product=linear, ending="heads" if unmade else "other", pdl=True),
+        "norm_gate": partial(products.normed, product=gated, ending="gate", pdl=True),
         "linear_add": products.Unadded,
     }
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mllm.batch import PatchBatch, joined
 from mllm.config import VisionConfig
 from mllm.kernels import flash, flash_hopper, mergers, patches, products, resize, rope, tall
-from mllm.kernels.norm import Stream, add_norm
+from mllm.kernels.norm import Stream
 from mllm.kernels.ops import Ops, Qkv
 from mllm.kernels.reference_vision import EPS
 from mllm.state import State, state, tensor
@@ -78,11 +78,9 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool, pdl:
     )
 
 
-def layer_norm_linear(
-    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, pdl: bool
-) -> tuple[Stream, Qkv]:
-    x, y = add_norm(x, norm, norm_bias, eps=EPS, pdl=pdl)
-    return x, products.Unmade(y, weight, bias) if pdl else products.linear(y, weight, bias, pdl=False)
+def layer_norm_linear(x: Stream | products.Unadded, weight: Tensor, bias: Tensor, *, pdl: bool) -> tuple[Tensor, Qkv]:
+    product = partial(products.Unmade, bias=bias) if pdl else partial(products.linear, bias=bias, pdl=False)
+    return products.normed(x, None, weight, eps=EPS, product=product, ending="turn", pdl=pdl)
 
 
 def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
@@ -111,12 +109,10 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], 
     return joined(parts)
 
 
-def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, pdl: bool) -> Stream:
-    return products.added(y, weight, x, bias, pdl=pdl)
+def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, pdl: bool) -> Stream | products.Unadded:
+    return products.Unadded(y, weight, x, bias) if pdl else products.added(y, weight, x, bias, pdl=False)
 
 
-def layer_norm_gelu(
-    x: Stream, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, pdl: bool
-) -> tuple[Stream, Tensor]:
-    x, y = add_norm(x, norm, norm_bias, eps=EPS, pdl=pdl)
-    return x, products.linear(y, weight, bias, gelu="tanh", pdl=pdl)
+def layer_norm_gelu(x: Stream | products.Unadded, weight: Tensor, bias: Tensor, *, pdl: bool) -> tuple[Tensor, Tensor]:
+    product = partial(products.linear, bias=bias, gelu="tanh", pdl=pdl)
+    return products.normed(x, None, weight, eps=EPS, product=product, ending="other", pdl=pdl)

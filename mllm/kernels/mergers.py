@@ -36,11 +36,14 @@ class Unmerged(NamedTuple):
         return merged(self.x, self.weights, pdl=True)
 
 
-def merge(x: Stream, weights: Merger | TapMerger, *, pdl: bool) -> Tensor | Unmerged:
-    """The features [M E] of x [X Ev]. In a chain they wait for those of other layers, where that keeps little in memory."""
+def merge(x: Stream | products.Unadded, weights: Merger | TapMerger, *, pdl: bool) -> tuple[Stream, Tensor | Unmerged]:
+    """x [X Ev] and the features [M E] of it. In a chain they wait for those of other layers, where that keeps little in
+    memory."""
+    if isinstance(x, products.Unadded):
+        x = x.made()
     total = x.x if isinstance(x, Pending) else x
     waits = pdl and total.dtype in TYPES and len(total) <= CAPTURED_PATCHES
-    return Unmerged(x, weights) if waits else merged(x, weights, pdl=pdl)
+    return x, Unmerged(x, weights) if waits else merged(x, weights, pdl=pdl)
 
 
 def merged(x: Stream, weights: Merger | TapMerger, *, pdl: bool) -> Tensor:

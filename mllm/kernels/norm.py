@@ -15,22 +15,20 @@ from mllm.kernels.room import empty_rows
 
 
 @triton.jit
-def norm_kernel(x, parts, shift, weight, bias, y, total, B, E, eps, EP: tl.constexpr, PARTS: tl.constexpr,
+def norm_kernel(x, parts, shift, weight, y, total, B, E, eps, EP: tl.constexpr, PARTS: tl.constexpr,
                 SHIFT: tl.constexpr, CENTRE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y [B E] = norm(x + the sum of parts [PARTS B E] + shift [E]); with parts, that sum goes to `total`.
 
-    SHIFT: whether there is one. CENTRE: layer norm.
+    SHIFT: whether there is one. CENTRE: layer norm, which has no weight.
     """
     b = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EP)
     inside = e < E
     launch_dependents(PDL)
-    w = tl.load(weight + e, mask=inside, other=0.0)
-    added, centre = w, w
+    if not CENTRE:
+        w = tl.load(weight + e, mask=inside, other=0.0)
     if SHIFT:
         added = tl.load(shift + e, mask=inside, other=0.0)
-    if CENTRE:
-        centre = tl.load(bias + e, mask=inside, other=0.0)
     wait(PDL)
     v = tl.load(x + b * E + e, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
@@ -42,9 +40,9 @@ def norm_kernel(x, parts, shift, weight, bias, y, total, B, E, eps, EP: tl.const
         tl.store(total + b * E + e, v.to(total.dtype.element_ty), mask=inside)
     if CENTRE:
         v = tl.where(inside, v - tl.sum(v, 0) / E, 0.0)
-    v *= tl.rsqrt(tl.sum(v * v, 0) / E + eps) * w.to(tl.float32)
-    if CENTRE:
-        v += centre.to(tl.float32)
+    v *= tl.rsqrt(tl.sum(v * v, 0) / E + eps)
+    if not CENTRE:
+        v *= w.to(tl.float32)
     tl.store(y + b * E + e, v.to(y.dtype.element_ty), mask=inside)
 
 
@@ -76,18 +74,16 @@ class Pending(NamedTuple):
 Stream = Tensor | Pending
 
 
-def add_norm(
-    stream: Stream, weight: Tensor, bias: Tensor | None = None, *, eps: float, pdl: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(the stream with nothing pending, its norm), both [T E]: RMSNorm, or layer norm where there is a bias."""
+def add_norm(stream: Stream, weight: Tensor | None, *, eps: float, pdl: bool = False) -> tuple[Tensor, Tensor]:
+    """(the stream with nothing pending, its norm), both [T E]: RMSNorm, or layer norm where there is no weight."""
     x, parts, shift = stream if isinstance(stream, Pending) else (stream, None, None)
     rows, width = x.shape
     y = empty_rows(x, rows, width)
     total = x if parts is None else torch.empty_like(x)
     norm_kernel[(rows,)](
-        x, x if parts is None else parts, weight if shift is None else shift, weight, weight if bias is None else bias,
-        y, total, rows, width, eps, EP=triton.next_power_of_2(width), PARTS=0 if parts is None else len(parts),
-        SHIFT=shift is not None, CENTRE=bias is not None, num_warps=warps_for(rows, width), **options(pdl),
+        x, x if parts is None else parts, x if shift is None else shift, x if weight is None else weight, y, total, rows,
+        width, eps, EP=triton.next_power_of_2(width), PARTS=0 if parts is None else len(parts), SHIFT=shift is not None,
+        CENTRE=weight is None, num_warps=warps_for(rows, width), **options(pdl),
     )  # fmt: skip
     return total, y
 

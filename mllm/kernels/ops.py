@@ -53,11 +53,10 @@ class Ops:
     cut: Callable[..., Tensor]  # pixels uint8 [height width 3], patch, merge -> patches uint8 [X U]
     patch_embed: Callable[..., Stream]  # batch, weights, config -> [X Ev]
     vision_plan: Callable[..., Plan]  # batch, config -> rotary tables and image bounds
-    layer_norm_linear: Callable[..., tuple[Stream, Qkv]]  # x, norm, norm_bias, weight, bias -> x, qkv
+    # the layer norms of a block have no weights: `weights.folded`
+    layer_norm_linear: Callable[..., tuple[Stream, Qkv]]  # x, weight, bias -> x, qkv
     attend_images: Callable[..., Tensor]  # qkv, plan -> [X Ev]
     linear_bias_add: Callable[..., Stream]  # y, weight, bias, x -> x + y @ weight.T + bias
-    layer_norm_gelu: Callable[
-        ..., tuple[Stream, Tensor]
-    ]  # x, norm, norm_bias, weight, bias -> x, gelu_tanh(...) [X Fv]
-    merge: Callable[..., Merged]  # x [X Ev], Merger or TapMerger -> [M E]
+    layer_norm_gelu: Callable[..., tuple[Stream, Tensor]]  # x, weight, bias -> x, gelu_tanh(...) [X Fv]
+    merge: Callable[..., tuple[Stream, Merged]]  # x [X Ev], Merger or TapMerger -> x, [M E]
     features: Callable[..., Tensor]  # what `merge` made of n streams -> [n M E]

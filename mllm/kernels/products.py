@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from mllm.kernels import elementwise, rope, tall
 from mllm.kernels.norm import Pending, Stream, add_norm, split_linear
-from mllm.kernels.tall import Scaled
+from mllm.kernels.tall import Unnormed
 from mllm.kernels.tall_tiles import HEAD, LEAST, pays, tile_for
 
 
 class Unmade(NamedTuple):
     """x [M K] @ weight [N K].T + bias, not made yet: in a chain attention does it, and turns queries and keys as it goes."""
 
-    x: Tensor | Scaled
+    x: Tensor | Unnormed
     weight: Tensor
     bias: Tensor | None = None
 
@@ -29,35 +29,42 @@ class Unmade(NamedTuple):
 
 
 class Unadded(NamedTuple):
-    """x [M N] + y [M K] @ weight [N K].T, not made yet: in a chain the norm after it does it, and some of its own work."""
+    """x [M N] + y [M K] @ weight [N K].T + bias, not made yet: in a chain the norm after it does it, and some of its own
+    work."""
 
     y: Tensor
     weight: Tensor
     x: Tensor
+    bias: Tensor | None = None
 
     def at(self, rows: Tensor) -> Unadded:
         """Some rows of it."""
-        return Unadded(self.y.index_select(0, rows), self.weight, self.x.index_select(0, rows))
+        return self._replace(y=self.y.index_select(0, rows), x=self.x.index_select(0, rows))
 
     def made(self) -> Stream:
         return added(*self, pdl=True)
 
 
 def normed(
-    stream: Stream | Unadded, norm: Tensor, weight: Tensor, *, eps: float, product: Callable[..., Any], ending: str
-) -> tuple[Tensor, Any]:
-    """(the stream with nothing pending, a product of its RMSNorm, with what follows that) in a chain. Where both this
-    product and the one that ends in the stream are ours, they do the norm between them, in bfloat16: what is multiplied
-    before it is divided by its norm could be more than float16 holds."""
+    stream: Stream | Unadded, norm: Tensor | None, weight: Tensor, *, eps: float, product: Callable[..., Any], ending: str,
+    pdl: bool,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """(the stream with nothing pending, a product of its norm, with what follows that); the norm is RMSNorm, or layer norm
+    where it has no weight. Where both this product and the one that ends in the stream are ours, they do the norm between
+    them."""
     if isinstance(stream, Unadded):
-        y, into, x = stream
+        y, into, x, bias = stream
         outputs = len(weight) // 2 if ending == "gate" else len(weight)
-        many = ending == "gate" or len(x) > LEAST
-        if x.dtype == torch.bfloat16 and _parts(y, into) == 1 and many and pays(ending, x, outputs):
-            total, scaled = tall.scaled(y, into, x, norm, eps=eps, pdl=True)
-            return total, product(scaled, weight)
+        if _parts(y, into) == 1 and pays(ending, x, outputs, normed=norm is None):
+            if norm is None and bias is not None:
+                total, unnormed = tall.measured(y, into, x, bias, eps=eps, pdl=True)
+                return total, product(unnormed, weight)
+            # times its weight, and not yet over its norm, the stream could be more than float16 holds
+            if norm is not None and x.dtype == torch.bfloat16 and (ending == "gate" or len(x) > LEAST):
+                total, unnormed = tall.scaled(y, into, x, norm, eps=eps, pdl=True)
+                return total, product(unnormed, weight)
         stream = stream.made()
-    total, normal = add_norm(stream, norm, eps=eps, pdl=True)
+    total, normal = add_norm(stream, norm, eps=eps, pdl=pdl)
     return total, product(normal, weight)
 
 
@@ -66,9 +73,9 @@ def _parts(y: Tensor, weight: Tensor) -> int:
     return tile_for("sum", len(y), len(weight), y.shape[1]).parts if pays("sum", y, len(weight)) else 0
 
 
-def linear(x: Tensor | Scaled, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool) -> Tensor:
+def linear(x: Tensor | Unnormed, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool) -> Tensor:
     """x [M K] @ weight [N K].T + bias: [M N]; `gelu`: the "tanh" form of GELU of it, or "none" of its approximations."""
-    if isinstance(x, Scaled) or (pdl and pays("other", x, len(weight))):
+    if isinstance(x, Unnormed) or (pdl and pays("other", x, len(weight))):
         return tall.linear(x, weight, bias, gelu=gelu, pdl=True)
     if gelu == "tanh" and bias is not None:  # an epilogue of cuBLAS
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
@@ -84,9 +91,9 @@ def added(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None, *, p
     return Pending(x, tall.split(y, weight, pdl=True) if parts else split_linear(y, weight), bias)
 
 
-def gated(x: Tensor | Scaled, weight: Tensor, *, pdl: bool) -> Tensor:
+def gated(x: Tensor | Unnormed, weight: Tensor, *, pdl: bool) -> Tensor:
     """silu(gate) * up [M N] of x [M K] and weight [2N K], gate over up."""
-    if isinstance(x, Scaled) or (pdl and pays("gate", x, len(weight) // 2)):
+    if isinstance(x, Unnormed) or (pdl and pays("gate", x, len(weight) // 2)):
         return tall.gated(x, weight, pdl=True)
     return elementwise.gate(F.linear(x, weight))
 
@@ -101,7 +108,7 @@ def written(
     if isinstance(qkv, Unmade):
         x, weight, _ = qkv
         # few rows gain more from small tiles than from a kernel less
-        ours = isinstance(x, Scaled) or (len(x) > LEAST and pays("heads", x, len(weight)))
+        ours = isinstance(x, Unnormed) or (len(x) > LEAST and pays("heads", x, len(weight)))
         if ours and keys.shape[3] == HEAD:
             return tall.written(x, weight, *around, scale=scale, eps=eps, pdl=True)
         qkv = qkv.made()
@@ -114,7 +121,7 @@ def turned(
     """Queries, times `scale`, keys and values [X heads Dv] of qkv [X Cv]; queries and keys are rotated."""
     if isinstance(qkv, Unmade):
         x, weight, bias = qkv
-        if bias is not None and isinstance(x, Tensor) and pays("turn", x, len(weight)):
+        if bias is not None and (isinstance(x, Unnormed) or pays("turn", x, len(weight))):
             q, k, v = tall.turned(x, weight, bias, cos, sin, scale=scale, pdl=True).unbind(1)
             return q, k, v
         qkv = qkv.made()

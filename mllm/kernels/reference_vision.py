@@ -80,10 +80,8 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig) -> VisionPlan:
     )
 
 
-def layer_norm_linear(
-    x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x, F.linear(F.layer_norm(x, norm.shape, norm, norm_bias, EPS), weight, bias)
+def layer_norm_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x, F.linear(F.layer_norm(x, x.shape[1:], eps=EPS), weight, bias)
 
 
 def attend_images(qkv: Tensor, plan: VisionPlan) -> Tensor:
@@ -102,18 +100,18 @@ def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
     return F.linear(y, weight, bias).add_(x)
 
 
-def layer_norm_gelu(x: Tensor, norm: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return x, F.gelu(layer_norm_linear(x, norm, norm_bias, weight, bias)[1], approximate="tanh")
+def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x, F.gelu(layer_norm_linear(x, weight, bias)[1], approximate="tanh")
 
 
-def merge(x: Tensor, weights: Merger | TapMerger) -> Tensor:
+def merge(x: Tensor, weights: Merger | TapMerger) -> tuple[Tensor, Tensor]:
     """Neighbouring patches (adjacent rows of x) to one feature: [X Ev] -> [M E].
 
     The width of the norm tells whether patches are normalised one by one or after they are joined.
     """
-    x = F.layer_norm(x.view(-1, len(weights.norm)), weights.norm.shape, weights.norm, weights.norm_bias, EPS)
-    x = F.gelu(F.linear(x.view(-1, weights.up.shape[1]), weights.up, weights.up_bias))  # exact, unlike the blocks'
-    return F.linear(x, weights.down, weights.down_bias)
+    y = F.layer_norm(x.view(-1, len(weights.norm)), weights.norm.shape, weights.norm, weights.norm_bias, EPS)
+    y = F.gelu(F.linear(y.view(-1, weights.up.shape[1]), weights.up, weights.up_bias))  # exact, unlike the blocks'
+    return x, F.linear(y, weights.down, weights.down_bias)
 
 
 def features(merged: Sequence[Tensor]) -> Tensor:

@@ -10,19 +10,19 @@ from triton.experimental.gluon import language as gl
 
 from mllm.kernels import flash
 from mllm.kernels.hopper import halves, lines, mma, nothing
-from mllm.kernels.tall_heads import HEAD, angles_of, around, slots_of, turned, write_heads
+from mllm.kernels.tall_heads import HEAD, angles_of, around, slots_of, turned, whole, write_heads
 
 LOG2E = gl.constexpr(flash.LOG2E)
 
 
 @gluon.constexpr_function
 def _adds(END):
-    return END in ("add", "bias_add", "scale")
+    return END in ("add", "bias_add", "scale", "measure")
 
 
 @gluon.constexpr_function
 def _biased(END):
-    return END in ("bias", "bias_add", "gelu_none", "gelu_tanh", "turn")
+    return END in ("bias", "bias_add", "gelu_none", "gelu_tanh", "turn", "measure")
 
 
 @gluon.constexpr_function
@@ -37,15 +37,15 @@ def _columns(accs):
 
 
 @gluon.jit
-def begin(ws, end, m, firsts, M, N, END: gl.constexpr):
+def begin(ws, end, m, firsts, M, N, END: gl.constexpr, NORM: gl.constexpr):
     """What the products of each piece are added to [64 n]: the stream, the last of `end` [M N], the bias, its first [N], or
-    nothing. They are on their way while the first tiles are."""
+    nothing. They are on their way while the first tiles are. A product yet to be normalised gets its bias after that."""
     accs = ()
     for j in gl.static_range(len(ws)):
         acc = nothing(ws[j].shape[1])
         if _adds(END):
             acc = _there(end[-1], m, firsts[j], M, N, ws[j].shape[1])
-        if _biased(END):
+        if _biased(END) and NORM == 0:
             acc += _row(acc, end[0], firsts[j], N)[None, :]
         accs += (acc,)  # type: ignore[assignment]
     return accs
@@ -69,6 +69,18 @@ def _row(acc, x, n0, N):
 
 AHEAD = gl.constexpr(192)
 """Columns of a tile up to which there are registers for what its end takes from its beginning on."""
+AT_ONCE = gl.constexpr(128)
+"""Columns of a piece that are ended at once: all of a wide one would take too many registers."""
+
+
+@gluon.jit
+def _first_part(acc):
+    """Of acc [64 BN] what `_finish` ends first, for its form."""
+    if acc.shape[1] > AT_ONCE:
+        part, _ = halves(acc)
+    else:
+        part = acc
+    return part
 
 
 @gluon.jit
@@ -80,8 +92,8 @@ def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr, SIZE: gl.constexpr)
     for j in gl.static_range(len(accs)):
         if END == "scale":
             coming += (_row(accs[j], end[0], firsts[j], N),)  # type: ignore[assignment]
-        elif END == "turn" and ahead:
-            coming += (angles_of(accs[j], end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
+        elif END == "turn" and (ahead or whole(AT_ONCE, SIZE)):
+            coming += (angles_of(_first_part(accs[j]), end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
         elif END == "heads" and ahead:
             coming += ((around(accs[j], end, m, firsts[j] // HEAD, M), slots_of(accs[j], end, m, M)),)  # type: ignore[assignment]
         else:
@@ -100,10 +112,10 @@ def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.c
     elif END == "heads":
         for j in gl.static_range(len(accs)):
             write_heads(accs[j], coming[j], y, end, m, firsts[j], M, dtype)
-    elif END == "scale":
+    elif END == "scale" or END == "measure":
         for j in gl.static_range(len(accs)):
-            sums = firsts[0] // _columns(accs) * len(accs) + j
-            _store_scaled(accs[j], coming[j], y, end, sums, m, firsts[j], M, N, dtype)
+            piece = firsts[0] // _columns(accs) * len(accs) + j
+            _store_measured(accs[j], coming[j], y, end, piece, m, firsts[j], M, N, dtype, END)
     else:
         for j in gl.static_range(len(accs)):
             _finish(accs[j], coming[j], y, end, m, firsts[j], M, N, dtype, END, SIZE)
@@ -113,7 +125,7 @@ def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.c
 def _finish(acc, coming, y, end, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr):
     """The same of one piece, in halves where all of it would take too many registers."""
     greedy: gl.constexpr = END == "gelu_none" or (END == "turn" and len(coming) == 0)
-    if acc.shape[1] > (64 if greedy else 128):
+    if acc.shape[1] > (64 if greedy else AT_ONCE):
         left, right = halves(acc)
         _finish(left, coming, y, end, m, n0, M, N, dtype, END, SIZE)
         _finish(right, coming, y, end, m, n0 + left.shape[1], M, N, dtype, END, SIZE)
@@ -174,34 +186,80 @@ def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _store_scaled(acc, weight, y, end, sums, m, n0, M, N, dtype: gl.constexpr):
-    """acc [64 BN] to y [M N], as `_store`, and what RMSNorm of it will be made of; end: (the norm's weight, scaled [M N],
-    squares f32 [n M], x). Times its part of that weight [BN] it goes to `scaled`, and each row's sum of squares to
-    `squares[sums]`."""
-    _, scaled, squares, _ = end
-    layout: gl.constexpr = acc.type.layout
+def _store_measured(acc, weight, y, end, piece, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr):
+    """acc [64 BN] to y [M N], as `_store`, and what a norm of it will be made of: the squares of each row, added up, to
+    squares[piece].
+
+    "scale", for RMSNorm: end is (the norm's weight, squares f32 [n M], scaled [M N], x), and acc times its part of that
+    weight [BN] goes to `scaled`. "measure", for layer norm, whose weight is in the next product's: end is (bias, squares,
+    sums f32 [n M], x), and what each row sums up to goes to sums[piece].
+    """
     acc = acc.to(dtype).to(gl.float32)  # what is normalised is what the next layer adds to
-    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    gl.store(squares + sums * M + r, gl.sum(acc * acc, 1), mask=r < M)
+    square, total = _measures(acc)
+    r = m + gl.arange(0, 64, square.type.layout)
+    gl.store(end[1] + piece * M + r, square, mask=r < M)
     _store(acc, y, m, n0, M, N, dtype)
-    _store(acc * weight[None, :], scaled, m, n0, M, N, dtype)
+    if END == "scale":
+        _store(acc * weight[None, :], end[2], m, n0, M, N, dtype)
+    else:
+        gl.store(end[2] + piece * M + r, total, mask=r < M)
 
 
 @gluon.jit
-def squares_of(norm, m, M, P: gl.constexpr):
-    """The sums of squares [64 P] of the rows from m on, on their way; norm: (squares f32 [n M], n, eps)."""
-    squares, n, _ = norm
+def _measures(acc):
+    """What the squares of each row of acc [64 BN] sum up to, and the numbers."""
+    if acc.shape[1] > AT_ONCE:
+        left, right = halves(acc)
+        square, total = _measures(left)
+        other = _measures(right)
+        square += other[0]
+        total += other[1]
+    else:
+        square, total = gl.sum(acc * acc, 1), gl.sum(acc, 1)
+    return square, total
+
+
+@gluon.jit
+def measures_of(norm, m, M, P: gl.constexpr):
+    """Of the rows from m on what their squares, and for layer norm their numbers, sum up to, in parts [64 P], on their way;
+    norm: (squares f32 [n M], n, eps), and for layer norm sums f32 [n M]."""
+    found = (_parts_of(norm[0], norm[1], m, M, P),)
+    if len(norm) > 3:
+        found += (_parts_of(norm[3], norm[1], m, M, P),)  # type: ignore[assignment]
+    return found
+
+
+@gluon.jit
+def _parts_of(x, n, m, M, P: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, P // 2], [16, 2], [4, 1], [1, 0])
     r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
     i = gl.arange(0, P, gl.SliceLayout(0, layout))
-    return gl.load(squares + i[None, :] * M + r[:, None], mask=(r < M)[:, None] & (i < n)[None, :], other=0.0)
+    return gl.load(x + i[None, :] * M + r[:, None], mask=(r < M)[:, None] & (i < n)[None, :], other=0.0)
 
 
 @gluon.jit
-def normalised(accs, sums, norm, K):
-    """accs, the products of K inputs of rows whose squares have these sums, by RMSNorm of those rows."""
-    factor = gl.rsqrt(gl.sum(sums, 1) / K + norm[2])
+def biases_of(ws, end, firsts, N, END: gl.constexpr):
+    """The bias of each piece [n], or nothing, which takes few registers until it is wanted."""
+    biases = ()
+    if _biased(END):
+        for j in gl.static_range(len(ws)):
+            c = firsts[j] + gl.arange(0, ws[j].shape[1], gl.BlockedLayout([1], [32], [4], [0]))
+            biases += (gl.load(end[0] + c, mask=c < N, other=0.0).to(gl.float32),)  # type: ignore[assignment]
+    return biases
+
+
+@gluon.jit
+def normalised(accs, measures, biases, norm, K):
+    """accs, products of K inputs, by RMSNorm or layer norm of the rows that have these measures, and then their biases."""
+    square = gl.sum(measures[0], 1) / K
+    if len(measures) > 1:
+        mean = gl.sum(measures[1], 1) / K
+        square = gl.maximum(square - mean * mean, 0.0)
+    factor = gl.rsqrt(square + norm[2])
     out = ()
     for j in gl.static_range(len(accs)):
-        out += (accs[j] * gl.convert_layout(factor, gl.SliceLayout(1, accs[j].type.layout))[:, None],)  # type: ignore[assignment]
+        acc = accs[j] * gl.convert_layout(factor, gl.SliceLayout(1, accs[j].type.layout))[:, None]
+        if len(biases) > 0:
+            acc += gl.convert_layout(biases[j], gl.SliceLayout(0, accs[j].type.layout))[None, :]
+        out += (acc,)  # type: ignore[assignment]
     return out

@@ -12,10 +12,18 @@ from mllm.kernels.hopper import halves, lines
 HEAD = gl.constexpr(tall_tiles.HEAD)
 
 
+@gluon.constexpr_function
+def whole(columns, size):
+    """Whether so many columns are a number of heads, so that those after them have the same angles."""
+    return columns % size == 0
+
+
 @gluon.jit
-def _pairs(acc):
-    """The numbers [64 BN/2] of acc [64 BN] that are rotated with each other, which are neighbours."""
-    return gl.split(gl.reshape(acc, [64, acc.shape[1] // 2, 2]))
+def _pairs(acc, SIZE: gl.constexpr):
+    """The numbers [64 heads n] of acc [64 BN] that are rotated with each other, which are neighbours; of columns that are no
+    number of heads as of one."""
+    HEADS: gl.constexpr = acc.shape[1] // SIZE if whole(acc.shape[1], SIZE) else 1
+    return gl.split(gl.reshape(acc, [64, HEADS, acc.shape[1] // 2 // HEADS, 2]))
 
 
 @gluon.jit
@@ -26,16 +34,16 @@ def _rotated(a, b, c, s, times):
 
 @gluon.jit
 def angles_of(acc, end, m, n0, M, SIZE: gl.constexpr):
-    """(cos, sin) [64 BN/2] of the pairs of acc [64 BN], whose columns begin at n0: of queries and keys from `end`, as
-    `turned` has it, and of values those of no angle."""
+    """(cos, sin) [64 1 n] of the pairs of acc [64 BN], whose columns begin at n0, from `end`, as `turned` has it: of the
+    first head for all. Where that is one of values they have no angle."""
     _, cos, sin, _, H = end
     HALF: gl.constexpr = SIZE // 2
-    a, _ = _pairs(acc)
+    a, _ = _pairs(acc, SIZE)
     layout: gl.constexpr = a.type.layout
-    r = m + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    p = n0 // 2 + gl.arange(0, a.shape[1], gl.SliceLayout(0, layout))
-    at = r[:, None] * HALF + (p % HALF)[None, :]
-    turns = (r < M)[:, None] & (p < 2 * H * HALF)[None, :]
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    i = n0 // 2 + gl.arange(0, a.shape[2], gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    at = r[:, None, None] * HALF + (i % HALF)[None, None, :]
+    turns = (r < M)[:, None, None] & (i < 2 * H * HALF)[None, None, :]
     return gl.load(cos + at, mask=turns, other=1.0), gl.load(sin + at, mask=turns, other=0.0)
 
 
@@ -44,14 +52,20 @@ def turned(acc, angles, end, m, n0, M, SIZE: gl.constexpr):
     """acc [64 BN] rotated by heads of SIZE, whose first H are queries, times scale, the next H keys, and the others left
     alone; end: (bias, cos, sin f32 [M SIZE/2], scale, H)."""
     _, _, _, scale, H = end
-    a, b = _pairs(acc)
+    HALF: gl.constexpr = SIZE // 2
+    a, b = _pairs(acc, SIZE)
+    layout: gl.constexpr = a.type.layout
     if len(angles) == 0:
         c, s = angles_of(acc, end, m, n0, M, SIZE)
     else:
         c, s = angles
-    p = n0 // 2 + gl.arange(0, a.shape[1], gl.SliceLayout(0, a.type.layout))
-    times = gl.where(p < H * (SIZE // 2), scale, 1.0)[None, :]
-    return gl.reshape(_rotated(a, b, c, s, times), [64, acc.shape[1]])
+    h = gl.arange(0, a.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    i = gl.arange(0, a.shape[2], gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    p = n0 // 2 + (h * a.shape[2])[None, :, None] + i[None, None, :]
+    if a.shape[1] > 1:  # values may follow keys
+        c = gl.where(p < 2 * H * HALF, c, 1.0)
+        s = gl.where(p < 2 * H * HALF, s, 0.0)
+    return gl.reshape(_rotated(a, b, c, s, gl.where(p < H * HALF, scale, 1.0)), [64, acc.shape[1]])
 
 
 @gluon.jit

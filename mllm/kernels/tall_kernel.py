@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from mllm.kernels.hopper import copy, finished, new_barriers
 from mllm.kernels.pdl import launch_dependents, wait
-from mllm.kernels.tall_ends import begin, finish, meanwhile, normalised, squares_of, waits
+from mllm.kernels.tall_ends import begin, biases_of, finish, meanwhile, measures_of, normalised, waits
 
 BAND = gl.constexpr(16)
 """Tiles of rows that are made together."""
@@ -144,10 +144,11 @@ def _consume(
             its = (ending[0] + part * N,)  # a bias
         else:
             its = ending
-        accs = begin(ws, its, m0 + 64 * group, firsts, M, N, END)
+        accs = begin(ws, its, m0 + 64 * group, firsts, M, N, END, NORM)
         coming = meanwhile(accs, its, m0 + 64 * group, firsts, M, N, END, SIZE)
         if NORM > 0:
-            sums = squares_of(norm, m0 + 64 * group, M, NORM)
+            measures = measures_of(norm, m0 + 64 * group, M, NORM)
+            biases = biases_of(ws, its, firsts, N, END)
         for i in range(gl.cdiv(KS, x.shape[2])):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -161,7 +162,7 @@ def _consume(
         accs = finished(accs, 0)
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
         if NORM > 0:
-            accs = normalised(accs, sums, norm, KS)
+            accs = normalised(accs, measures, biases, norm, KS)
         finish(accs, coming, y + part.to(gl.int64) * YS, its, m0 + 64 * group, firsts, M, N, x.dtype, END, SIZE)
 
 
@@ -176,7 +177,7 @@ def tall_kernel(
     work: (total, MT, NT, N, KS, MX, YS), for KS inputs a part, each of MT by NT tiles, and YS numbers from that of the part
     before. SIZE: of the heads to "turn". APART: each part is a product of its own, of the next MX rows of x, N of w and N of
     a bias. ONCE: a program makes one tile; else all are shared out, and the next is copied while one is ended. NORM: 0, or
-    where x is `Scaled` the power of two that is enough for a row's sums in `norm`, which `tall_ends.squares_of` describes.
+    where x is `Unnormed` the power of two that is enough for a row's sums in `norm`, as `tall_ends.measures_of` has it.
     """
     launch_dependents(PDL)
     BM: gl.constexpr = x_box.block_shape[0]

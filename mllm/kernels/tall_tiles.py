@@ -136,24 +136,27 @@ def _clocks(tile: Tile, rows: int, outputs: int, inputs: int, *, gate: bool) -> 
     return tile.turns(rows, outputs) * (inputs / 64 * each + TURN)
 
 
-def pays(ending: str, x: Tensor, outputs: int) -> bool:
+def pays(ending: str, x: Tensor, outputs: int, *, normed: bool = False) -> bool:
     """Whether `tall` is faster than cuBLAS, with what it needs after it, for x [M K] and so many outputs; False also where
-    `tall` can't take x. The ending of a product is one of `TILES`."""
+    `tall` can't take x. The ending of a product is one of `TILES`; `normed`: it would do the layer norm before it, too."""
     rows, inputs = x.shape
     if x.dtype not in TYPES or inputs % 8:  # what tensor cores take from shared memory, and descriptors copy
         return False
-    return _is_faster(ending, rows, outputs, inputs)
+    return _is_faster(ending, rows, outputs, inputs, normed=normed)
 
 
 @lru_cache(maxsize=1024)
-def _is_faster(ending: str, rows: int, outputs: int, inputs: int) -> bool:
+def _is_faster(ending: str, rows: int, outputs: int, inputs: int, *, normed: bool) -> bool:
+    tile = tile_for(ending, rows, outputs, inputs)
+    turns = tile.turns(rows, outputs)
+    wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * tile.rows * tile.columns)
+    if normed and rows > FEW and (turns == 1 or ending == "other"):
+        # a norm by itself hides the start of the next product, for which there is no room beside the one before
+        return turns > 1 and wanted >= FULL
     work = rows * outputs * inputs
     few = ending == "sum" and inputs <= 2048 and work <= WORK
     if rows <= LEAST or (rows <= SOME and (few or ending == "turn")):
         return True
-    tile = tile_for(ending, rows, outputs, inputs)
-    turns = tile.turns(rows, outputs)
-    wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * tile.rows * tile.columns)
     if ending == "gate":
         return wanted >= MOSTLY
     if turns == 1 and rows <= FEW:

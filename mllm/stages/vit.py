@@ -10,9 +10,9 @@ from mllm.weights import Block, VisionWeights
 
 def block(x: Stream, w: Block, plan: Plan, *, ops: Ops) -> Stream:
     """One layer of the encoder on the residual stream x [X Ev]."""
-    x, qkv = ops.layer_norm_linear(x, w.norm_in, w.norm_in_bias, w.qkv, w.qkv_bias)
+    x, qkv = ops.layer_norm_linear(x, w.qkv, w.qkv_bias)
     x = ops.linear_bias_add(ops.attend_images(qkv, plan), w.out, w.out_bias, x)
-    x, g = ops.layer_norm_gelu(x, w.norm_mlp, w.norm_mlp_bias, w.up, w.up_bias)
+    x, g = ops.layer_norm_gelu(x, w.up, w.up_bias)
     return ops.linear_bias_add(g, w.down, w.down_bias, x)
 
 
@@ -24,7 +24,8 @@ def vit(weights: VisionWeights, patches: PatchBatch, *, config: VisionConfig, op
     for index, w in enumerate(weights.blocks):
         x = block(x, w, plan, ops=ops)
         if index in config.deepstack_visual_indexes:
-            taps[index] = ops.merge(x, weights.taps[config.deepstack_visual_indexes.index(index)])
+            x, taps[index] = ops.merge(x, weights.taps[config.deepstack_visual_indexes.index(index)])
     # the taps in the order of the layers they were taken from, which is the order of the layers they go to
-    made = ops.features([ops.merge(x, weights.merger), *taps.values()])
+    _, last = ops.merge(x, weights.merger)
+    made = ops.features([last, *taps.values()])
     return VisionTokens(embed=made[0], deep=made[1:], at=patches.at)
