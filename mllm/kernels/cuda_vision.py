@@ -55,11 +55,12 @@ def vision_ops(ops: Ops, *, captured: bool, wide: bool, hopper: bool = False) ->
     )
 
 
-def patch_embed(batch: PatchBatch, weights: VisionWeights, *, config: VisionConfig, pdl: bool) -> Tensor:
-    scale, shift = _affine(batch.mean, batch.std, batch.patches.device)
-    values = patches.normalise(batch.patches, scale, shift, dtype=weights.patch.dtype, pdl=pdl)
-    x = products.linear(values, weights.patch, weights.patch_bias, pdl=pdl)
-    return patches.add_position_(x, batch.coords, weights.position, pdl=pdl)
+def patch_embed(
+    batch: PatchBatch, weights: VisionWeights, *, config: VisionConfig, pdl: bool
+) -> Stream | products.Unadded:
+    affine = _affine(batch.mean, batch.std, batch.patches.device)
+    values, position = patches.enter(batch.patches, batch.coords, *affine, weights.position, pdl=pdl)
+    return linear_bias_add(values, weights.patch, weights.patch_bias, position, pdl=pdl)
 
 
 @lru_cache(maxsize=16)

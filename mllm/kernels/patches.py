@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,35 +40,8 @@ def cut(pixels: Tensor, *, patch: int, merge: int) -> Tensor:
 
 
 @triton.jit
-def normalise_kernel(patches, scale, shift, out, U, AREA, UP: tl.constexpr, PDL: tl.constexpr):
-    """out [X U] = bytes * scale + shift, which differ by channel."""
-    launch_dependents(PDL)
-    wait(PDL)
-    x = tl.program_id(0).to(tl.int64)
-    u = tl.arange(0, UP)
-    channel = u // AREA
-    value = tl.load(patches + x * U + u, mask=u < U, other=0).to(tl.float32)
-    value = value * tl.load(scale + channel, mask=u < U) + tl.load(shift + channel, mask=u < U)
-    tl.store(out + x * U + u, value.to(out.dtype.element_ty), mask=u < U)
-
-
-def normalise(patches: Tensor, scale: Tensor, shift: Tensor, *, dtype: torch.dtype, pdl: bool) -> Tensor:
-    """Bytes [X U], channel by channel, to values in `dtype`; scale and shift f32 [channels]."""
-    count, size = patches.shape
-    out = empty_rows(scale, count, size, dtype=dtype)
-    normalise_kernel[(count,)](
-        patches, scale, shift, out, size, size // len(scale), UP=triton.next_power_of_2(size), **options(pdl)
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def position_kernel(x, coords, table, X, E, SIDE, EP: tl.constexpr, PDL: tl.constexpr):
-    """x [X E] += the learned grid [SIDE*SIDE E] at each patch, bilinear between its entries, corners aligned."""
-    launch_dependents(PDL)
-    p = tl.program_id(0)
-    e = tl.arange(0, EP)
-    wait(PDL)
+def _position(coords, table, p, X, E, SIDE, e):
+    """Numbers e of the learned grid [SIDE*SIDE E] at patch p, bilinear between its entries, corners aligned."""
     row = tl.load(coords + p).to(tl.float32) * (SIDE - 1)
     col = tl.load(coords + X + p).to(tl.float32) * (SIDE - 1)
     row /= tl.maximum(tl.load(coords + 2 * X + p) - 1, 1).to(tl.float32)
@@ -83,15 +55,36 @@ def position_kernel(x, coords, table, X, E, SIDE, EP: tl.constexpr, PDL: tl.cons
     top = a + (b - a) * fc
     a = tl.load(table + (r1 * SIDE + c) * E + e, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(table + (r1 * SIDE + c1) * E + e, mask=inside, other=0.0).to(tl.float32)
-    place = top + (a + (b - a) * fc - top) * fr
-    at = x + p.to(tl.int64) * E + e
-    tl.store(at, (tl.load(at, mask=inside).to(tl.float32) + place).to(x.dtype.element_ty), mask=inside)
+    return top + (a + (b - a) * fc - top) * fr
 
 
-def add_position_(x: Tensor, coords: Tensor, table: Tensor, *, pdl: bool) -> Tensor:
-    """Add to x [X Ev] the learned grid `table` [W Ev] at `coords` [4 X] (row, column, rows, columns)."""
-    count, width = x.shape
-    position_kernel[(count,)](
-        x, coords, table, count, width, math.isqrt(len(table)), EP=triton.next_power_of_2(width), **options(pdl)
+@triton.jit
+def enter_kernel(patches, scale, shift, coords, table, values, position, X, U, AREA, E, SIDE, UP: tl.constexpr,
+                 EP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """values [X U] = bytes * scale + shift, which differ by channel, and the position [X E] of each patch."""
+    launch_dependents(PDL)
+    wait(PDL)
+    x = tl.program_id(0).to(tl.int64)
+    u = tl.arange(0, UP)
+    e = tl.arange(0, EP)
+    channel = u // AREA
+    value = tl.load(patches + x * U + u, mask=u < U, other=0).to(tl.float32)
+    place = _position(coords, table, x, X, E, SIDE, e)
+    value = value * tl.load(scale + channel, mask=u < U) + tl.load(shift + channel, mask=u < U)
+    tl.store(values + x * U + u, value.to(values.dtype.element_ty), mask=u < U)
+    tl.store(position + x * E + e, place.to(position.dtype.element_ty), mask=e < E)
+
+
+def enter(
+    patches: Tensor, coords: Tensor, scale: Tensor, shift: Tensor, table: Tensor, *, pdl: bool
+) -> tuple[Tensor, Tensor]:
+    """Bytes [X U], channel by channel, as values in the type of `table`, and the learned grid `table` [W Ev] at `coords`
+    [4 X] (row, column, rows, columns): [X Ev]; scale and shift f32 [channels]."""
+    (count, size), width = patches.shape, table.shape[1]
+    values = empty_rows(table, count, size)
+    position = table.new_empty(count, width)
+    enter_kernel[(count,)](
+        patches, scale, shift, coords, table, values, position, count, size, size // len(scale), width,
+        math.isqrt(len(table)), UP=triton.next_power_of_2(size), EP=triton.next_power_of_2(width), **options(pdl),
     )  # fmt: skip
-    return x
+    return values, position
