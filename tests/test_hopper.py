@@ -282,7 +282,9 @@ def test_products_are_ours_where_they_were_measured_to_be_faster() -> None:
     assert [n for n in (256, 512, 640, 896, 1024, 4096) if pays("other", x(n, 1024), 4096)] == [256, 896, 1024]
     assert [n for n in (512, 1024, 4096) if pays("other", x(n, 1152), 4304)] == [1024]  # 128 tiles of 272 outputs
     assert [rows for rows in (576, 1024, 1600, 4096) if pays("turn", x(rows, 1024), 3072)] == [576, 1024, 4096]
-    # of one turn's products beyond 256 rows the norm between them hides the start
+    # beyond 256 rows a norm by itself hides the start of the product after it
+    assert [n for n in (64, 256, 512, 2048) if pays("gate", x(n), 6144, normed=True)] == [64, 256]
+    assert [n for n in (64, 256, 512, 2048) if pays("heads", x(n), 4096, normed=True)] == [64, 256]
     assert [n for n in (64, 256, 1024, 1600, 4096) if pays("other", x(n, 1024), 4096, normed=True)] == [64, 256, 4096]
     assert [n for n in (64, 256, 1024, 1600, 4096) if pays("turn", x(n, 1024), 3072, normed=True)] == [64, 256, 4096]
     assert pays("sum", x(1000, 1024), 1024)  # few outputs

@@ -55,7 +55,7 @@ def normed(
     if isinstance(stream, Unadded):
         y, into, x, bias = stream
         outputs = len(weight) // 2 if ending == "gate" else len(weight)
-        if _parts(y, into) == 1 and pays(ending, x, outputs, normed=norm is None):
+        if _parts(y, into) == 1 and pays(ending, x, outputs, normed=True):
             if norm is None and bias is not None:
                 total, unnormed = tall.measured(y, into, x, bias, eps=eps, pdl=True)
                 return total, product(unnormed, weight)

@@ -138,7 +138,7 @@ def _clocks(tile: Tile, rows: int, outputs: int, inputs: int, *, gate: bool) -> 
 
 def pays(ending: str, x: Tensor, outputs: int, *, normed: bool = False) -> bool:
     """Whether `tall` is faster than cuBLAS, with what it needs after it, for x [M K] and so many outputs; False also where
-    `tall` can't take x. The ending of a product is one of `TILES`; `normed`: it would do the layer norm before it, too."""
+    `tall` can't take x. The ending of a product is one of `TILES`; `normed`: it would end the norm before it, too."""
     rows, inputs = x.shape
     if x.dtype not in TYPES or inputs % 8:  # what tensor cores take from shared memory, and descriptors copy
         return False
@@ -150,9 +150,9 @@ def _is_faster(ending: str, rows: int, outputs: int, inputs: int, *, normed: boo
     tile = tile_for(ending, rows, outputs, inputs)
     turns = tile.turns(rows, outputs)
     wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * tile.rows * tile.columns)
-    if normed and rows > FEW and (turns == 1 or ending == "other"):
+    if normed and rows > FEW and not (ending == "turn" and turns > 1):
         # a norm by itself hides the start of the next product, for which there is no room beside the one before
-        return turns > 1 and wanted >= FULL
+        return ending == "other" and turns > 1 and wanted >= FULL
     work = rows * outputs * inputs
     few = ending == "sum" and inputs <= 2048 and work <= WORK
     if rows <= LEAST or (rows <= SOME and (few or ending == "turn")):
