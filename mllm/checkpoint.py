@@ -139,8 +139,8 @@ def load(
             field = FOLDED.fullmatch(path)
             if not (field and config.vision):
                 return _stack(joined[path], out)
-            # copies, as sums depend on where in memory a product's factors begin
-            value = _folded(*(part.read().to(device, torch.float32, copy=True) for part in joined[path]))
+            # copies, as sums depend on where in memory a product's factors begin; wider only when they are on the device
+            value = _folded(*(part.read().to(device).to(torch.float32, copy=True) for part in joined[path]))
             return out.copy_(paired(value, config.vision.num_heads) if field[1] == "qkv" else value)
 
         return build(config, make)

@@ -410,6 +410,16 @@ def test_pairs_of_an_encoder_give_the_scores_of_halves() -> None:
     assert torch.equal(weights.paired(weight, heads)[2 * heads * size :], weight[2 * heads * size :])  # values
 
 
+def test_a_product_holds_the_layer_norm_before_it_and_takes_the_mean_off() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, norm, norm_bias = (randn(g, *n).double() for n in ((5, 24), (7, 24), (7,), (24,), (24,)))
+    want = layer_norm(x + 2, norm, norm_bias) @ weight.T + bias
+    after, bias_after = weights.weight_after_norm(weight, norm), weights.bias_after_norm(bias, weight, norm_bias)
+    assert_close(layer_norm(x + 2) @ after.T + bias_after, want, 1e-12)
+    deviation = (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    assert_close((x + 2) @ after.T / deviation + bias_after, want, 1e-12)
+
+
 # the position grid
 
 
