@@ -140,7 +140,7 @@ def load(
             if not (field and config.vision):
                 return _stack(joined[path], out)
             # copies, as sums depend on where in memory a product's factors begin; wider only when they are on the device
-            value = _folded(*(part.read().to(device).to(torch.float32, copy=True) for part in joined[path]))
+            value = _folded(kind, *(part.read().to(device).to(torch.float32, copy=True) for part in joined[path]))
             return out.copy_(paired(value, config.vision.num_heads) if field[1] == "qkv" else value)
 
         return build(config, make)
@@ -193,9 +193,11 @@ def _stack(group: list[Part], out: Tensor) -> Tensor:
     return out
 
 
-def _folded(first: Tensor, second: Tensor, norm_bias: Tensor | None = None) -> Tensor:
+def _folded(dtype: torch.dtype, stored: Tensor, other: Tensor, norm_bias: Tensor | None = None) -> Tensor:
     """A weight, of what is stored and the norm's; or a bias, of what is stored, the stored weight and the norm's bias."""
-    return weight_after_norm(first, second) if norm_bias is None else bias_after_norm(first, second, norm_bias)
+    if norm_bias is None:
+        return weight_after_norm(stored, other, dtype=dtype)
+    return bias_after_norm(stored, other, norm_bias)
 
 
 def _check_tied(head: Part, embed: Part) -> None:

@@ -189,7 +189,7 @@ def test_two_products_do_the_layer_norm_between_them(
     rows, _, width = shape
     x, weight, bias = factors(shape, dtype, device)
     y, after, after_bias = factors((rows, width, 4608), dtype, device)
-    after = weight_after_norm(after.float()).to(dtype)
+    after = weight_after_norm(after.float(), dtype=dtype)
     exact = y.double() + x.double() @ weight.double().T + bias.double()
     want = torch.nn.functional.layer_norm(exact, (width,), eps=1e-6) @ after.double().T + after_bias.double()
     total, unnormed = tall.measured(x, weight, y, bias, eps=1e-6, pdl=pdl)

@@ -414,10 +414,22 @@ def test_a_product_holds_the_layer_norm_before_it_and_takes_the_mean_off() -> No
     g = torch.Generator().manual_seed(0)
     x, weight, bias, norm, norm_bias = (randn(g, *n).double() for n in ((5, 24), (7, 24), (7,), (24,), (24,)))
     want = layer_norm(x + 2, norm, norm_bias) @ weight.T + bias
-    after, bias_after = weights.weight_after_norm(weight, norm), weights.bias_after_norm(bias, weight, norm_bias)
+    after = weights.weight_after_norm(weight, norm, dtype=torch.float64)
+    bias_after = weights.bias_after_norm(bias, weight, norm_bias)
     assert_close(layer_norm(x + 2) @ after.T + bias_after, want, 1e-12)
     deviation = (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
     assert_close((x + 2) @ after.T / deviation + bias_after, want, 1e-12)
+
+
+@pytest.mark.parametrize("mean", [0, 3, 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_of_16_bits_takes_off_a_mean_of_many_deviations(dtype: torch.dtype, mean: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, norm = randn(g, 64, 512), randn(g, 96, 512, scale=0.05), 1 + randn(g, 512, scale=0.2)
+    want = layer_norm(x.double(), norm.double()) @ weight.double().T
+    after = weights.weight_after_norm(weight, norm, dtype=dtype)
+    deviation = (x.double().var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    assert_close((x.double() + mean) @ after.double().T / deviation, want, torch.finfo(dtype).eps)
 
 
 # the position grid
