@@ -14,9 +14,9 @@ from torch import Tensor
 
 import mllm
 from mllm import families, signs, state
-from mllm.checkpoint import FOLDED, RULES
+from mllm.checkpoint import RULES
 from mllm.model import Model
-from mllm.weights import paired
+from mllm.weights import AFTER_NORM, paired
 
 _TEXT = {
     "attention_bias": False, "head_dim": 64, "hidden_act": "silu", "hidden_size": 256, "intermediate_size": 768,
@@ -127,7 +127,7 @@ def _named(path: str, tensor: Tensor, model: Model, prefixes: dict[str, str]) ->
         frames, side = vision.temporal_patch_size, vision.patch_size
         kernel = (tensor / frames).view(-1, 3, 1, side, side).expand(-1, -1, frames, -1, -1)
         return {keys[0]: kernel.contiguous().cpu()}
-    if vision is not None and (field := FOLDED.fullmatch(path)):  # after a norm that does nothing
+    if vision is not None and (field := AFTER_NORM.fullmatch(path)):  # after a norm that does nothing
         if field[1] == "qkv":
             order = paired(torch.arange(len(tensor)), vision.num_heads)
             tensor = torch.empty_like(tensor).index_copy_(0, order.to(tensor.device), tensor)

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,11 @@ from tqdm import tqdm
 from mllm.config import Config
 from mllm.errors import CheckpointError
 from mllm.files import check_inside
-from mllm.weights import Weights, bias_after_norm, build, paired, room, weight_after_norm
+from mllm.weights import AFTER_NORM, Weights, bias_after_norm, build, paired, room, weight_after_norm
 
-# Field (layer numbers as #) -> the stored tensors that are stacked along its first axis, or are what FOLDED, below, makes
-# it of. `{text}` and `{vision}` are the prefixes of the family, below. A stored tensor has the shape of its field, unless
-# sizes follow its name.
+# Field (layer numbers as #) -> the stored tensors that are stacked along its first axis; for AFTER_NORM the arguments of
+# `_folded`. `{text}` and `{vision}` are the prefixes of the family, below. A stored tensor has the shape of its field,
+# unless sizes follow its name.
 RULES = {
     "text.embed": ("{text}embed_tokens.weight",),
     "text.norm": ("{text}norm.weight",),
@@ -75,8 +76,6 @@ for _field, _name in _MERGER.items():
 _PREFIXES = {"text": "model.", "vision": ""}
 _PREFIXES_VISION = {"text": "model.language_model.", "vision": "model.visual."}
 
-FOLDED = re.compile(r"vision\.blocks\.\d+\.(qkv|up)(_bias)?")
-"""Fields that hold their part of the layer norm before them, and of queries and keys in pairs: see `weights.Block`."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
@@ -133,14 +132,18 @@ def load(
 
         empty = room(config, device=device, dtype=kind)
 
+        @lru_cache(maxsize=3)  # a weight is wanted again for its bias
+        def wide(part: Part) -> Tensor:
+            """On the device, and only there in f32; a copy, as sums depend on where in memory a product's factors begin."""
+            return part.read().to(device).to(torch.float32, copy=True)
+
         def make(path: str, shape: tuple[int, ...]) -> Tensor:
             bar.update()
             out = empty(path, shape)
-            field = FOLDED.fullmatch(path)
+            field = AFTER_NORM.fullmatch(path)
             if not (field and config.vision):
                 return _stack(joined[path], out)
-            # copies, as sums depend on where in memory a product's factors begin; wider only when they are on the device
-            value = _folded(kind, *(part.read().to(device).to(torch.float32, copy=True) for part in joined[path]))
+            value = _folded(kind, *map(wide, joined[path]))
             return out.copy_(paired(value, config.vision.num_heads) if field[1] == "qkv" else value)
 
         return build(config, make)

@@ -101,6 +101,10 @@ class Block(State):
     down_bias: Tensor = tensor("Ev")
 
 
+AFTER_NORM = re.compile(r"vision\.blocks\.\d+\.(qkv|up)(_bias)?")
+"""The fields of a block that hold their part of the layer norm before them."""
+
+
 @state
 class Merger(State):
     """Neighbouring patches to one feature of the decoder's width, normalised patch by patch."""
@@ -260,7 +264,7 @@ def random(config: Config, *, seed: int = 0, device: str | torch.device = "cpu",
     def make(path: str, shape: tuple[int, ...]) -> Tensor:
         made = empty(path, shape).normal_(0.0, 0.02, generator=generator)
         name = path.rpartition(".")[2]
-        if path.startswith("vision.blocks.") and name in ("qkv", "up"):
+        if AFTER_NORM.fullmatch(path) and not name.endswith("bias"):
             made.copy_(weight_after_norm(made.float(), dtype=dtype))
         is_scale = "norm" in name and not name.endswith("bias")
         return made.add_(1.0) if is_scale else made

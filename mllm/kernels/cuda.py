@@ -149,39 +149,30 @@ def _skinny(*, pdl: bool) -> dict[str, Callable[..., Any]]:
     def added(y: Tensor, weight: Tensor, x: Tensor) -> Stream:
         return Pending(x, product(y, weight, parts=True))
 
-    return _around(product, partial(product, gate=True), added, partial(add_norm, pdl=pdl))
+    return _around(product, partial(product, gate=True), added, pdl=pdl)
 
 
 def _products() -> dict[str, Callable[..., Any]]:
     linear, gated = partial(products.linear, pdl=False), partial(products.gated, pdl=False)
-    return _around(linear, gated, partial(products.added, pdl=False), add_norm)
+    return _around(linear, gated, partial(products.added, pdl=False), pdl=False)
 
 
-def _around(linear: Product, gated: Product, added: Product, norm: Product) -> dict[str, Callable[..., Any]]:
-    """The ops of a layer's products, and of the norms before them."""
+def _around(
+    linear: Product, gated: Product, added: Product, *, pdl: bool, ending: str = "other"
+) -> dict[str, Callable[..., Any]]:
+    """The ops of a layer's products, and of the norms before them; `ending`: how `linear` ends in a chain."""
     return {
-        "norm_linear": partial(_after_norm, product=linear, norm=norm),
-        "norm_gate": partial(_after_norm, product=gated, norm=norm),
+        "norm_linear": partial(products.normed, product=linear, ending=ending, pdl=pdl),
+        "norm_gate": partial(products.normed, product=gated, ending="gate", pdl=pdl),
         "linear_add": added,
     }
-
-
-def _after_norm(
-    x: Stream, weight: Tensor, then: Tensor, *, eps: float, product: Product, norm: Product
-) -> tuple[Tensor, Any]:
-    total, y = norm(x, weight, eps=eps)
-    return total, product(y, then)
 
 
 def _chained(*, unmade: bool = False) -> dict[str, Callable[..., Any]]:
     """The same in a chain on Hopper; `unmade`: queries, keys and values are made by attention."""
     linear = products.Unmade if unmade else partial(products.linear, pdl=True)
     gated = partial(products.gated, pdl=True)
-    return {
-        "norm_linear": partial(products.normed, product=linear, ending="heads" if unmade else "other", pdl=True),
-        "norm_gate": partial(products.normed, product=gated, ending="gate", pdl=True),
-        "linear_add": products.Unadded,
-    }
+    return _around(linear, gated, products.Unadded, pdl=True, ending="heads" if unmade else "other")
 
 
 def _ending(many: dict[str, Callable[..., Any]], *, hopper: bool, pdl: bool) -> dict[str, Callable[..., Any]]:

@@ -80,7 +80,6 @@ def _norm_joined(x, parts, shift, weight, bias, y, joined, m, M, E, eps, COUNT: 
     own = tl.where(joined != 0, n * E, 0) + e
     w = tl.load(weight + own, mask=inside, other=0.0)
     centre = tl.load(bias + own, mask=inside, other=0.0)
-    added = e
     if SHIFT:
         added = tl.load(shift + e, mask=e < E, other=0.0)
     wait(PDL)

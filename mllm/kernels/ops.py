@@ -53,7 +53,7 @@ class Ops:
     cut: Callable[..., Tensor]  # pixels uint8 [height width 3], patch, merge -> patches uint8 [X U]
     patch_embed: Callable[..., Stream]  # batch, weights, config -> [X Ev]
     vision_plan: Callable[..., Plan]  # batch, config -> rotary tables and image bounds
-    # the layer norms of a block have no weights: `weights.folded`
+    # the layer norms of a block have no weights: `weights.weight_after_norm`
     layer_norm_linear: Callable[..., tuple[Stream, Qkv]]  # x, weight, bias -> x, qkv
     attend_images: Callable[..., Tensor]  # qkv, plan -> [X Ev]
     linear_bias_add: Callable[..., Stream]  # y, weight, bias, x -> x + y @ weight.T + bias

@@ -86,7 +86,8 @@ def _first_part(acc):
 @gluon.jit
 def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr, SIZE: gl.constexpr):
     """What `finish` takes for each piece beside `end`, loaded while products are made: what a norm multiplies by, cos and
-    sin of its pairs, or what is around a head. Of tiles of more than AHEAD columns no more than the first of those."""
+    sin of its pairs, or what is around a head. Of tiles of more than AHEAD columns no more than the first of those, and the
+    second where that is one head's for all."""
     ahead: gl.constexpr = _columns(accs) <= AHEAD
     coming = ()
     for j in gl.static_range(len(accs)):
@@ -173,7 +174,7 @@ def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
     """acc [64 BN] to the rows from m and the columns from n0 on of y [M N]; what is wide in halves, which are laid out anew
     in the same shared memory, one by one."""
     BN: gl.constexpr = acc.shape[1]
-    if BN > 128:
+    if BN > AT_ONCE:
         left, right = halves(acc)
         _store(left, y, m, n0, M, N, dtype)
         _store(right, y, m, n0 + BN // 2, M, N, dtype)

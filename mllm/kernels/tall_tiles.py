@@ -150,9 +150,12 @@ def _is_faster(ending: str, rows: int, outputs: int, inputs: int, *, normed: boo
     tile = tile_for(ending, rows, outputs, inputs)
     turns = tile.turns(rows, outputs)
     wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * tile.rows * tile.columns)
-    if normed and rows > FEW and not (ending == "turn" and turns > 1):
+    if normed and rows > FEW:
         # a norm by itself hides the start of the next product, for which there is no room beside the one before
-        return ending == "other" and turns > 1 and wanted >= FULL
+        if turns == 1 or ending not in ("turn", "other"):
+            return False
+        if ending == "other":
+            return wanted >= FULL
     work = rows * outputs * inputs
     few = ending == "sum" and inputs <= 2048 and work <= WORK
     if rows <= LEAST or (rows <= SOME and (few or ending == "turn")):
