@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -29,11 +30,21 @@ def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.double()).flatten(1)
 
 
+def stand_out(q: Tensor, key: Tensor, above: float) -> None:
+    """Have the scores of `key` [K D] be `above`, base 2, for every other query of q [T H D], and far below for the rest."""
+    if above:
+        q[..., 0] = torch.tensor([1.0, -1.0]).repeat(len(q))[: len(q), None]
+        key.zero_()[:, 0] = above * q.shape[2] ** 0.5 * math.log(2)
+
+
 def prompt_error(
     attend: functools.partial[Tensor], rows: list[tuple[int, int]], free: int, *, size: int, page: int,
-    dtype: torch.dtype, device: str,
+    dtype: torch.dtype, device: str, above: float = 0.0,
 ) -> float:  # fmt: skip
-    """The largest error of a row, whose keys and values lie in pages in any order, and beyond its end are no numbers."""
+    """The largest error of a row, whose keys and values lie in pages in any order, and beyond its end are no numbers.
+
+    `above`: how much, base 2, the score of one key late in each row is above the others, or below them, by query.
+    """
     from mllm.kernels import flash
 
     heads, kv_heads, listed = 4, 2, -(-max(length for _, length in rows) // page) + 1
@@ -43,6 +54,8 @@ def prompt_error(
     keys, values = torch.randn(2, 1 + len(rows) * listed, page, kv_heads, size, generator=generator).to(dtype)
     pages = 1 + torch.randperm(len(rows) * listed, generator=generator, dtype=torch.int32).view(-1, listed)
     for used, (_, length) in zip(pages, rows, strict=True):
+        late = max(0, length - 20)
+        stand_out(q, keys[used[late // page], late % page], above)
         spare = used[(length - 1) // page :].long()
         for pool in (keys, values):
             pool[spare[1:]] = torch.nan

@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from attending import attended, error, prompt_error
+from attending import attended, error, prompt_error, stand_out
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -35,7 +35,7 @@ def test_patches_attend_to_their_image_on_hopper(
     qkv[bounds[-1] :] = torch.nan
     q, k, v = qkv.unbind(1)
     indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
-    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2, turns=groups != 4)
+    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2)
     got = flash_hopper.images(q * (size**-0.5 * flash.LOG2E), k, v, indptr, tile=tile)
     for a, b in itertools.pairwise(bounds):
         assert a == b or error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-2
@@ -57,6 +57,45 @@ def test_prompts_attend_to_what_is_before_them_on_hopper(
 
     run = functools.partial(flash_hopper.prompts, tile=flash_hopper.Tile(*tile))
     assert prompt_error(run, rows, free, size=size, page=page, dtype=torch.bfloat16, device=device) < 1e-2
+
+
+ABOVE = [(torch.bfloat16, x) for x in (12, 60, 70, 150, 3000)] + [(torch.float16, x) for x in (12, 16, 150)]
+"""Scores of late keys above all others, base 2: some less and some more than what the first tile's largest is taken for."""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "above"), ABOVE, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [64, 72, 128])
+def test_patches_attend_to_one_far_above_those_before_it(
+    size: int, groups: int, dtype: torch.dtype, above: float, device: str, hopper: None
+) -> None:
+    from mllm.kernels import flash, flash_hopper
+
+    bounds = (0, 70, 1000, 1500)
+    q, k, v = torch.randn(3, 1500, 4, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    for b in bounds[2:]:
+        stand_out(q, k[b - 9], above)
+    q, k, v = (x.to(device) for x in (q, k, v))
+    indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
+    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2)
+    got = flash_hopper.images((q.float() * (size**-0.5 * flash.LOG2E)).to(dtype), k, v, indptr, tile=tile)
+    for a, b in itertools.pairwise(bounds):
+        assert error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "above"), ABOVE, ids=str)
+@pytest.mark.parametrize("tile", [(1, 128, 2), (2, 128, 2), (2, 64, 3)], ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+def test_prompts_attend_to_one_far_above_those_before_it(
+    size: int, tile: tuple[int, int, int], dtype: torch.dtype, above: float, device: str, hopper: None
+) -> None:
+    from mllm.kernels import flash_hopper
+
+    run = functools.partial(flash_hopper.prompts, tile=flash_hopper.Tile(*tile))
+    rows = [(1000, 1000), (300, 777), (130, 130)]
+    assert prompt_error(run, rows, 3, size=size, page=16, dtype=dtype, device=device, above=above) < 1e-2
 
 
 PRODUCTS = [

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from mllm.kernels import flash
 from mllm.kernels.hopper import halves, lines, mma, nothing
-from mllm.kernels.tall_heads import HEAD, angles_of, around, slots_of, turned, whole, write_heads
+from mllm.kernels.tall_heads import HEAD, angles_of, around, as_turned, slots_of, turned, whole, write_heads
 
 LOG2E = gl.constexpr(flash.LOG2E)
 
@@ -73,11 +73,19 @@ AT_ONCE = gl.constexpr(128)
 """Columns of a piece that are ended at once: all of a wide one would take too many registers."""
 
 
+@gluon.constexpr_function
+def _at_once(END, SIZE):
+    """The same for an ending: what takes many registers, or is laid out anew as float32, has half as many."""
+    much = END == "gelu_none" or (END == "turn" and not whole(AT_ONCE.value, SIZE))
+    return AT_ONCE.value // 2 if much else AT_ONCE.value
+
+
 @gluon.jit
-def _first_part(acc):
+def _first_part(acc, WIDTH: gl.constexpr):
     """Of acc [64 BN] what `_finish` ends first, for its form."""
-    if acc.shape[1] > AT_ONCE:
+    if acc.shape[1] > WIDTH:
         part, _ = halves(acc)
+        part = _first_part(part, WIDTH)
     else:
         part = acc
     return part
@@ -93,8 +101,9 @@ def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr, SIZE: gl.constexpr)
     for j in gl.static_range(len(accs)):
         if END == "scale":
             coming += (_row(accs[j], end[0], firsts[j], N),)  # type: ignore[assignment]
-        elif END == "turn" and (ahead or whole(AT_ONCE, SIZE)):
-            coming += (angles_of(_first_part(accs[j]), end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
+        elif END == "turn" and (whole(AT_ONCE, SIZE) or (ahead and accs[j].shape[1] <= _at_once(END, SIZE))):
+            part = as_turned(_first_part(accs[j], _at_once(END, SIZE)), SIZE)
+            coming += (angles_of(part, end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
         elif END == "heads" and ahead:
             coming += ((around(accs[j], end, m, firsts[j] // HEAD, M), slots_of(accs[j], end, m, M)),)  # type: ignore[assignment]
         else:
@@ -125,8 +134,7 @@ def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.c
 @gluon.jit
 def _finish(acc, coming, y, end, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr):
     """The same of one piece, in halves where all of it would take too many registers."""
-    greedy: gl.constexpr = END == "gelu_none" or (END == "turn" and len(coming) == 0)
-    if acc.shape[1] > (64 if greedy else AT_ONCE):
+    if acc.shape[1] > _at_once(END, SIZE):
         left, right = halves(acc)
         _finish(left, coming, y, end, m, n0, M, N, dtype, END, SIZE)
         _finish(right, coming, y, end, m, n0 + left.shape[1], M, N, dtype, END, SIZE)
@@ -136,7 +144,7 @@ def _finish(acc, coming, y, end, m, n0, M, N, dtype: gl.constexpr, END: gl.const
         elif END == "gelu_tanh":
             acc = _gelu(acc)
         elif END == "turn":
-            acc = turned(acc, coming, end, m, n0, M, SIZE)
+            acc = turned(as_turned(acc, SIZE), coming, end, m, n0, M, SIZE)
         _store(acc, y, m, n0, M, N, dtype)
 
 

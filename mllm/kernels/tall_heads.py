@@ -18,12 +18,27 @@ def whole(columns, size):
     return columns % size == 0
 
 
+@gluon.constexpr_function
+def _run(columns, size):
+    """Pairs side by side in `columns` whose angles are: of a whole head, or the power of two that heads begin at."""
+    half = size // 2
+    return half if whole(columns, size) else min(half & -half, 4)
+
+
+@gluon.jit
+def as_turned(acc, SIZE: gl.constexpr):
+    """acc [64 BN] laid out to be turned: as a product lies where the heads are whole, and else as it is written, so that a
+    thread loads the angles of neighbours at once, as there are those of each head to load."""
+    if not whole(acc.shape[1], SIZE):
+        acc = gl.convert_layout(acc, lines(acc.shape[1]))
+    return acc
+
+
 @gluon.jit
 def _pairs(acc, SIZE: gl.constexpr):
-    """The numbers [64 heads n] of acc [64 BN] that are rotated with each other, which are neighbours; of columns that are no
-    number of heads as of one."""
-    HEADS: gl.constexpr = acc.shape[1] // SIZE if whole(acc.shape[1], SIZE) else 1
-    return gl.split(gl.reshape(acc, [64, HEADS, acc.shape[1] // 2 // HEADS, 2]))
+    """The numbers [64 runs n] of acc [64 BN] that are rotated with each other, which are neighbours: runs of n pairs."""
+    RUN: gl.constexpr = _run(acc.shape[1], SIZE)
+    return gl.split(gl.reshape(acc, [64, acc.shape[1] // 2 // RUN, RUN, 2]))
 
 
 @gluon.jit
@@ -33,39 +48,51 @@ def _rotated(a, b, c, s, times):
 
 
 @gluon.jit
+def _place(a, n0, WHOLE: gl.constexpr, RUNS: gl.constexpr):
+    """(pair, i) of the first RUNS runs [64 runs n] of a, whose columns begin at n0: which pair of all each one is, or of
+    heads that are not WHOLE only the first of each run, which is in one head; and its place in the run."""
+    layout: gl.constexpr = a.type.layout
+    run = gl.arange(0, RUNS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    i = gl.arange(0, a.shape[2], gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    pair = n0 // 2 + (run * a.shape[2])[None, :, None]
+    if WHOLE:  # n0 may be within a head
+        pair += i
+    return pair, i
+
+
+@gluon.jit
 def angles_of(acc, end, m, n0, M, SIZE: gl.constexpr):
-    """(cos, sin) [64 1 n] of the pairs of acc [64 BN], whose columns begin at n0, from `end`, as `turned` has it: of the
-    first head for all. Where that is one of values they have no angle."""
+    """(cos, sin) [64 runs n] of the pairs of acc [64 BN], laid out `as_turned`, whose columns begin at n0, from `end`, as
+    `turned` has it: of whole heads [64 1 n], of the first for all. Where that is one of values they have no angle."""
     _, cos, sin, _, H = end
     HALF: gl.constexpr = SIZE // 2
+    WHOLE: gl.constexpr = whole(acc.shape[1], SIZE)
     a, _ = _pairs(acc, SIZE)
-    layout: gl.constexpr = a.type.layout
-    r = m + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    i = n0 // 2 + gl.arange(0, a.shape[2], gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    at = r[:, None, None] * HALF + (i % HALF)[None, None, :]
-    turns = (r < M)[:, None, None] & (i < 2 * H * HALF)[None, None, :]
+    RUN: gl.constexpr = a.shape[2]
+    r = m + gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, a.type.layout)))
+    pair, i = _place(a, n0, WHOLE, 1 if WHOLE else a.shape[1])
+    at = pair % HALF if WHOLE else pair // RUN % (HALF // RUN) * RUN + i  # in which the compiler sees neighbours
+    at += r[:, None, None] * HALF
+    turns = (r < M)[:, None, None] & (pair < 2 * H * HALF)
     return gl.load(cos + at, mask=turns, other=1.0), gl.load(sin + at, mask=turns, other=0.0)
 
 
 @gluon.jit
 def turned(acc, angles, end, m, n0, M, SIZE: gl.constexpr):
-    """acc [64 BN] rotated by heads of SIZE, whose first H are queries, times scale, the next H keys, and the others left
-    alone; end: (bias, cos, sin f32 [M SIZE/2], scale, H)."""
+    """acc [64 BN], laid out `as_turned`, rotated by heads of SIZE, whose first H are queries, times scale, the next H keys,
+    and the others left alone; end: (bias, cos, sin f32 [M SIZE/2], scale, H)."""
     _, _, _, scale, H = end
     HALF: gl.constexpr = SIZE // 2
     a, b = _pairs(acc, SIZE)
-    layout: gl.constexpr = a.type.layout
     if len(angles) == 0:
         c, s = angles_of(acc, end, m, n0, M, SIZE)
     else:
         c, s = angles
-    h = gl.arange(0, a.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    i = gl.arange(0, a.shape[2], gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    p = n0 // 2 + (h * a.shape[2])[None, :, None] + i[None, None, :]
-    if a.shape[1] > 1:  # values may follow keys
-        c = gl.where(p < 2 * H * HALF, c, 1.0)
-        s = gl.where(p < 2 * H * HALF, s, 0.0)
-    return gl.reshape(_rotated(a, b, c, s, gl.where(p < H * HALF, scale, 1.0)), [64, acc.shape[1]])
+    pair, _ = _place(a, n0, whole(acc.shape[1], SIZE), a.shape[1])
+    if c.shape[1] < a.shape[1]:  # values may follow keys
+        c = gl.where(pair < 2 * H * HALF, c, 1.0)
+        s = gl.where(pair < 2 * H * HALF, s, 0.0)
+    return gl.reshape(_rotated(a, b, c, s, gl.where(pair < H * HALF, scale, 1.0)), [64, acc.shape[1]])
 
 
 @gluon.jit
