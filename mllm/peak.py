@@ -3,11 +3,12 @@
 Each function adds up what lives at once in the ops of `mllm.kernels.reference`, which hold more than any other table's;
 where those of a GPU hold much less, as in attention and drawing, it adds up theirs. `tests/test_peak.py` compares with
 what the allocator saw. `b` is the bytes of an element of the model, letters are those
-of `mllm.state.LEGEND`. Device-wide workspaces are `WORKSPACE`.
+of `mllm.state.LEGEND`. What libraries keep for themselves is `workspace`.
 """
 
 from __future__ import annotations
 
+import torch
 from attrs import frozen
 
 from mllm.buckets import CAPTURED_PATCHES
@@ -21,8 +22,11 @@ SPLITS = 32
 """Parts that a GPU's attention cuts a context into, at most."""
 PENDING = 132 * ROWS**2
 """Numbers that a product of few rows leaves in parts, at most: each multiprocessor of a Hopper makes a tile of them."""
-WORKSPACE = {"cpu": 0, "cuda": 96 * 2**20}
-"""Bytes that a device's libraries take at first use: cuBLAS 32 MiB and cuBLASLt as much on Hopper, compiled kernels."""
+CUDA_WORKSPACE = 96 * 2**20
+"""Bytes that a GPU's libraries take at first use: cuBLAS 32 MiB and cuBLASLt as much on Hopper, compiled kernels."""
+THREAD_WORKSPACE = 2 * 2**20
+"""Bytes that PyTorch keeps for each thread of a CPU while an op runs, at most: attention the scores of up to 256 queries for
+512 keys, 0.9 MiB with heads of 128 in bfloat16, a product in bfloat16 mostly 0.2 and up to 1.7."""
 
 
 @frozen(kw_only=True)
@@ -88,8 +92,13 @@ def predict(config: Config, load: Load, *, itemsize: int, device: str) -> Peak:
         decode=step,
         features=features(config, load.feature_tokens, itemsize),
         graphs=0 if gathers else max(chunk, step, images),
-        workspace=WORKSPACE[device],
+        workspace=workspace(device),
     )
+
+
+def workspace(device: str) -> int:
+    """Bytes that libraries keep on a device of type "cpu" or "cuda": on a CPU by the threads that PyTorch runs with."""
+    return THREAD_WORKSPACE * torch.get_num_threads() if device == "cpu" else CUDA_WORKSPACE
 
 
 def _layer(text: TextConfig, b: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,15 @@ DTYPES = ("float32", "bfloat16")
 @pytest.fixture(scope="module", params=DTYPES)
 def model(request: pytest.FixtureRequest) -> mllm.Model:
     return mllm.dummy(CONFIG, dtype=request.param)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Of which PyTorch's own share is little, so that a prediction without it is close to what was allocated."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def allocated(call: Callable[[], Any]) -> int:
@@ -96,6 +105,27 @@ def test_the_encoder_takes_what_was_predicted(model: mllm.Model, grids: list[tup
     encode = CONFIG.vision
     took = allocated(lambda: stages.vit(vision, batch, config=encode, ops=model.ops))
     assert took <= peak.encoder(CONFIG, patches=patches, itemsize=model.dtype.itemsize) <= 1.15 * took
+
+
+@pytest.mark.parametrize("threads", [1, 16, 64])
+def test_many_threads_stay_below_what_was_predicted(model: mllm.Model, threads: int) -> None:
+    """PyTorch's attention and products keep room for each thread."""
+    assert CONFIG.vision is not None
+    assert model.weights.vision is not None
+    torch.set_num_threads(threads)
+    parts = [torch.zeros(960, 768, dtype=torch.uint8)]
+    images = requests.join_patches(parts, [(40, 24)], np.arange(240), ImageConfig(), device=torch.device("cpu"))
+    pool, table, admitted = rows_of(model, 1, 1800, 1000)
+    positions = torch.arange(1000, 1800, dtype=torch.int32).expand(3, -1)
+    batch = pack(
+        table, [Chunk(row=admitted[0], tokens=torch.ones(800, dtype=torch.int32), positions=positions)], device="cpu"
+    )
+    load = Load(prefill_tokens=800, rows=1, context=1800, listed=1, patches=960, greedy=True)
+    predicted = peak.predict(CONFIG, load, itemsize=model.dtype.itemsize, device="cpu")
+    took = allocated(lambda: stages.vit(model.weights.vision, images, config=CONFIG.vision, ops=model.ops))
+    assert took <= predicted.encoder + predicted.workspace
+    took = allocated(lambda: stages.prefill(model.weights, pool, batch, config=CONFIG, ops=model.ops))
+    assert took <= predicted.prefill + predicted.workspace
 
 
 def test_a_score_takes_what_was_predicted(model: mllm.Model) -> None:
