@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ from attending import attended, error, prompt_error, stand_out
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+
+def image_errors(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], groups: int) -> list[float]:
+    """The error of each image, some of whose bounds may be those of none, by so many groups of warps."""
+    from mllm.kernels import flash, flash_hopper
+
+    indptr = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2)
+    got = flash_hopper.images(q * (q.shape[2] ** -0.5 * flash.LOG2E), k, v, indptr, tile=tile)
+    return [error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 @pytest.mark.cuda
@@ -28,17 +39,11 @@ pytest.importorskip("triton")
 def test_patches_attend_to_their_image_on_hopper(
     size: int, dtype: torch.dtype, bounds: list[int], groups: int, device: str, hopper: None
 ) -> None:
-    from mllm.kernels import flash, flash_hopper
-
     count, heads = bounds[-1] + 40, 4  # some patches pad the batch
     qkv = torch.randn(count, 3, heads, size, generator=torch.Generator().manual_seed(size)).to(device, dtype)
     qkv[bounds[-1] :] = torch.nan
     q, k, v = qkv.unbind(1)
-    indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
-    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2)
-    got = flash_hopper.images(q * (size**-0.5 * flash.LOG2E), k, v, indptr, tile=tile)
-    for a, b in itertools.pairwise(bounds):
-        assert a == b or error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-2
+    assert all(e < 1e-2 for e in image_errors(q, k, v, bounds, groups))
 
 
 @pytest.mark.cuda
@@ -70,18 +75,11 @@ ABOVE = [(torch.bfloat16, x) for x in (12, 60, 70, 150, 3000)] + [(torch.float16
 def test_patches_attend_to_one_far_above_those_before_it(
     size: int, groups: int, dtype: torch.dtype, above: float, device: str, hopper: None
 ) -> None:
-    from mllm.kernels import flash, flash_hopper
-
     bounds = (0, 70, 1000, 1500)
     q, k, v = torch.randn(3, 1500, 4, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     for b in bounds[2:]:
         stand_out(q, k[b - 9], above)
-    q, k, v = (x.to(device) for x in (q, k, v))
-    indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
-    tile = flash_hopper.Tile(groups, 64 if groups > 2 else 128, 2)
-    got = flash_hopper.images((q.float() * (size**-0.5 * flash.LOG2E)).to(dtype), k, v, indptr, tile=tile)
-    for a, b in itertools.pairwise(bounds):
-        assert error(got[a:b], attended(q[a:b], k[a:b], v[a:b])) < 1e-2
+    assert all(e < 1e-2 for e in image_errors(q.to(device), k.to(device), v.to(device), bounds, groups))
 
 
 @pytest.mark.cuda

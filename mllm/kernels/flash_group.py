@@ -17,11 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mllm.kernels.hopper import finished, lines, mma, nothing
+from mllm.kernels.hopper import finished, for_rows, lines, mma, nothing
 
 
 @gluon.constexpr_function
-def limit(dtype):
+def _limit(dtype):
     """Where the range of a sum of weights ends, of which one is 1: each must be a number of its type, and what values times
     weights sum up to one of float32."""
     return 2.0**15 if dtype == gl.float16 else 2.0**64
@@ -59,17 +59,11 @@ def _add_values(weights, vs, stage, accs):
 
 
 @gluon.jit
-def _like(factor, x):
-    """factor [64] for each row of x, as those lie."""
-    return gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
-
-
-@gluon.jit
 def _times(accs, factor):
     """accs, each row times its factor [64]."""
     out = ()
     for j in gl.static_range(len(accs)):
-        out += (accs[j] * _like(factor, accs[j]),)
+        out += (accs[j] * for_rows(factor, accs[j]),)
     return out
 
 
@@ -120,12 +114,12 @@ def _partly_summed(p):
 
 @gluon.jit
 def _attend(
-    queries, ring, turns, cleaned, rows, first, group: gl.constexpr, GROUPS: gl.constexpr, PAGED: gl.constexpr,
-    EXACT: gl.constexpr,
+    queries, ring, turns, cleaned, rows, group: gl.constexpr, GROUPS: gl.constexpr, PAGED: gl.constexpr,
+    ROUND: gl.constexpr,
 ):  # fmt: skip
     """(total [64], accs) of 64 queries: the sums of their weights over n tiles of keys, and of the values times them.
 
-    `first`: tiles that have been through the ring before. EXACT: the largest score so far is taken off, tile by tile.
+    ROUND: 0, or 1 where all tiles come again; then, and by one group, the largest score so far is taken off, tile by tile.
     """
     ks, vs, full, free = ring
     place, whole, hidden, n = rows
@@ -133,8 +127,9 @@ def _attend(
     k_free, v_free = free
     STAGES: gl.constexpr = ks[0].shape[0]
     BN: gl.constexpr = ks[0].shape[1]
-    AGAIN: gl.constexpr = EXACT and GROUPS > 1
-    TURNS: gl.constexpr = GROUPS > 1 and not EXACT
+    EXACT: gl.constexpr = GROUPS == 1 or ROUND == 1
+    TURNS: gl.constexpr = not EXACT
+    first = ROUND * n  # of the tiles that have been in the ring
     zero = gl.zeros([64, BN], gl.float32, mma(BN))
     accs = ()
     for j in gl.static_range(len(vs)):
@@ -169,7 +164,7 @@ def _attend(
             new = gl.maximum(top, gl.max(s, 1))
             fade = gl.exp2(top - new)
             top = new
-            total *= _like(fade, total)
+            total *= for_rows(fade, total)
         p = gl.exp2(s - top[:, None])
         total += _partly_summed(p)
         accs = finished(coming, 0)
@@ -181,7 +176,7 @@ def _attend(
     mbarrier.wait(v_full.index(last), ((first + n - 1) // STAGES) & 1)
     if PAGED:  # noqa: SIM102  is the compiler's; the other is the program's
         if hidden > 0:
-            _clean(vs, last, BN - hidden, group, GROUPS, cleaned, 1 if AGAIN else 0)
+            _clean(vs, last, BN - hidden, group, GROUPS, cleaned, ROUND)
     accs = finished(_add_values(weights, vs, last, accs), 0)
     if not EXACT:  # all may come again
         mbarrier.arrive(v_free.index(last))
@@ -216,15 +211,15 @@ def consume(task, group: gl.constexpr, GROUPS: gl.constexpr, QS: gl.constexpr, D
     if len(ks) > 1:
         queries += (_queries_beyond(q, start, m, count, h, QS, D, ks[0].shape[2], ks[1].shape[2]),)
     mbarrier.wait(q_full.index(group), 0)
-    total, accs = _attend(queries, ring, turns, cleaned, rows, 0, group, GROUPS, PAGED, GROUPS == 1)
+    total, accs = _attend(queries, ring, turns, cleaned, rows, group, GROUPS, PAGED, 0)
     if GROUPS > 1:
         flags, said = verdict
-        within = (total < limit(ks[0].dtype)) | (m >= count)  # what is no number is not
+        within = (total < _limit(ks[0].dtype)) | (m >= count)  # what is no number is not
         left = 1 - gl.min(within.to(gl.int32), 0)
         flags.index(group).store(gl.full([1], left, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
         mbarrier.arrive(said)
         if again(verdict, 4):
-            total, accs = _attend(queries, ring, turns, cleaned, rows, n, group, GROUPS, PAGED, True)
+            total, accs = _attend(queries, ring, turns, cleaned, rows, group, GROUPS, PAGED, 1)
     accs = _times(accs, 1.0 / total)
     for j in gl.static_range(len(vs)):
         first = h * D + j * accs[0].shape[1]

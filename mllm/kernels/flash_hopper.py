@@ -73,15 +73,15 @@ def _copy(boxes, rings, full, stage, rows, column, BOX: gl.constexpr):
 @gluon.jit
 def _produce(copies, verdict, S: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constexpr):
     """The warp that copies: all keys and values, and again where the groups attend again."""
-    _tiles(copies, 0, S, BOX, PAGED)
+    _tiles(copies, S, BOX, PAGED, 0)
     if len(verdict) > 0:  # noqa: SIM102  is the compiler's; the other is the program's
         if again(verdict, 1):
-            _tiles(copies, copies[-3], S, BOX, PAGED)
+            _tiles(copies, S, BOX, PAGED, 1)
 
 
 @gluon.jit
-def _tiles(copies, before, S: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constexpr):
-    """n tiles of keys and of values, each copied as soon as its place is free. `before`: tiles that had those places.
+def _tiles(copies, S: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constexpr, ROUND: gl.constexpr):
+    """n tiles of keys and of values, each copied as soon as its place is free. ROUND: how often all were before.
 
     The last tile of an image ends where the image does, so that nothing beyond is read: what pads a batch may be no
     numbers. An image shorter than a tile is met by the end of the image before it, whose weights are zero.
@@ -92,9 +92,10 @@ def _tiles(copies, before, S: gl.constexpr, BOX: gl.constexpr, PAGED: gl.constex
     BN: gl.constexpr = ks[0].shape[1]
     k_full, v_full = full
     k_free, v_free = free
+    first = ROUND * n  # of the tiles that have been in the ring
     for i in range(n):
-        stage = (before + i) % STAGES
-        phase = ((before + i) // STAGES) & 1 ^ 1
+        stage = (first + i) % STAGES
+        phase = ((first + i) // STAGES) & 1 ^ 1
         rows = ()
         for part in gl.static_range(BN // BOX):
             t = i * BN + part * BOX
@@ -230,8 +231,8 @@ def _launch(
     flash_hopper_kernel[(heads, tiles)](
         descriptor(q, 64, main), *boxes, q, out, indptr, lengths, pages, rows, pages.shape[-1], QS=q.stride(0),
         G=heads // keys.shape[1], D=size, REST=rest, S=page_size, BP=max(32, triton.next_power_of_2(rows)), BN=tile.keys,
-        GROUPS=tile.groups, STAGES=tile.stages, BOX=each, PAGED=paged,
-        REGISTERS=REGISTERS[tile.groups], num_warps=4, **options(pdl),
+        GROUPS=tile.groups, STAGES=tile.stages, BOX=each, PAGED=paged, REGISTERS=REGISTERS[tile.groups], num_warps=4,
+        **options(pdl),
     )  # fmt: skip
     return out
 

@@ -56,6 +56,12 @@ def nothing(columns: gl.constexpr):
 
 
 @gluon.jit
+def for_rows(factor, x):
+    """factor [64], one for each row of x [64 n], laid out as those are: [64 1]."""
+    return gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
+
+
+@gluon.jit
 def halves(acc):
     """The first and the last columns of acc [64 BN]."""
     return gl.split(gl.permute(gl.reshape(acc, [64, 2, acc.shape[1] // 2]), [0, 2, 1]))

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mllm.kernels import flash
-from mllm.kernels.hopper import halves, lines, mma, nothing
+from mllm.kernels.hopper import for_rows, halves, lines, mma, nothing
 from mllm.kernels.tall_heads import HEAD, angles_of, around, as_turned, slots_of, turned, whole, write_heads
 
 LOG2E = gl.constexpr(flash.LOG2E)
@@ -81,11 +81,10 @@ def _at_once(END, SIZE):
 
 
 @gluon.jit
-def _first_part(acc, WIDTH: gl.constexpr):
+def _first_part(acc):
     """Of acc [64 BN] what `_finish` ends first, for its form."""
-    if acc.shape[1] > WIDTH:
+    if acc.shape[1] > AT_ONCE:
         part, _ = halves(acc)
-        part = _first_part(part, WIDTH)
     else:
         part = acc
     return part
@@ -102,7 +101,7 @@ def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr, SIZE: gl.constexpr)
         if END == "scale":
             coming += (_row(accs[j], end[0], firsts[j], N),)  # type: ignore[assignment]
         elif END == "turn" and (whole(AT_ONCE, SIZE) or (ahead and accs[j].shape[1] <= _at_once(END, SIZE))):
-            part = as_turned(_first_part(accs[j], _at_once(END, SIZE)), SIZE)
+            part = as_turned(_first_part(accs[j]), SIZE)
             coming += (angles_of(part, end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
         elif END == "heads" and ahead:
             coming += ((around(accs[j], end, m, firsts[j] // HEAD, M), slots_of(accs[j], end, m, M)),)  # type: ignore[assignment]
@@ -267,7 +266,7 @@ def normalised(accs, measures, biases, norm, K):
     factor = gl.rsqrt(square + norm[2])
     out = ()
     for j in gl.static_range(len(accs)):
-        acc = accs[j] * gl.convert_layout(factor, gl.SliceLayout(1, accs[j].type.layout))[:, None]
+        acc = accs[j] * for_rows(factor, accs[j])
         if len(biases) > 0:
             acc += gl.convert_layout(biases[j], gl.SliceLayout(0, accs[j].type.layout))[None, :]
         out += (acc,)  # type: ignore[assignment]
