@@ -75,24 +75,30 @@ def stream(
 
 
 def score(model: Model, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Logits at every prompt position: f32 [T V] for each prompt, on the model's device."""
-    scores = []
-    for request in requests.make_all(model, prompts, 1, GREEDY):
-        memory.check_score(model, request.length)
-        table = memory.allocate(model, [request], rows=1, profile=model.memory, reuse=False)
-        memory.fit(request, table, model.memory)
-        lease = new_lease(model, len(table.free), table.page_size)
-        table, rows = stages.admit(table, [request.slots])
-        features = {request.index: encode(model, lease.programs, request)} if request.prompt.images else {}
-        parts = []
-        for batch in segments.cut([(request, rows[0])], limit=PREFILL_TOKENS):
-            tokens = pack(table, [segment.chunk() for segment in batch], device=model.device, every=True)
-            vision = segments.crop(features, batch)
-            lease.pool, logits = lease.programs.prefill(lease.pool, tokens, vision, padded=False)
-            table = commit(table, batch)
-            parts.append(logits)
-        scores.append(torch.cat(parts))
-    return scores
+    """Logits at every prompt position: f32 [T V] for each prompt, on the model's device.
+
+    Raises `PromptError`, `ImageError` or `TypeError` before anything runs for what can never run, and for the first prompt
+    that fails `ImageError` (a picture that cannot be decoded), `MemoryBudgetError` or what PyTorch raises.
+    """
+    return [_score(model, request) for request in requests.make_all(model, prompts, 1, GREEDY)]
+
+
+def _score(model: Model, request: Request) -> Tensor:
+    """Over a pool of its own, which is free again before the next one is made."""
+    memory.check_score(model, request.length)
+    table = memory.allocate(model, [request], rows=1, profile=model.memory, reuse=False)
+    memory.fit(request, table, model.memory)
+    lease = new_lease(model, len(table.free), table.page_size)
+    table, rows = stages.admit(table, [request.slots])
+    features = {request.index: encode(model, lease.programs, request)} if request.prompt.images else {}
+    parts = []
+    for batch in segments.cut([(request, rows[0])], limit=PREFILL_TOKENS):
+        tokens = pack(table, [segment.chunk() for segment in batch], device=model.device, every=True)
+        vision = segments.crop(features, batch)
+        lease.pool, logits = lease.programs.prefill(lease.pool, tokens, vision, padded=False)
+        table = commit(table, batch)
+        parts.append(logits)
+    return torch.cat(parts)
 
 
 def _run(

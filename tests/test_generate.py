@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tokenizer_files import write_tokenizer
 
 import mllm
 from mllm import families, stages, weights
+from mllm.cache import KVPool
 from mllm.errors import CheckpointError, ConfigError, ImageError, PromptError
 from mllm.kernels.tables import tables_for
 from mllm.sampling import Sampling
@@ -154,6 +156,20 @@ def test_a_picture_that_breaks_fails_its_own_request(vision_model: Tiny, tables:
 def test_broken_pictures_alone_fail_each_and_release_their_rows(vision_model: Tiny, tables: list[RequestTable]) -> None:
     outs = mllm.generate(vision_model.ours, [mllm.Prompt([IMAGE], [Broken()])] * 3, max_running_requests=2)
     assert [out.finish_reason for out in outs] == ["error"] * 3
+
+
+def test_score_holds_one_pool_at_a_time(text_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def empty(*args: Any, make: Any = KVPool.empty, **kwargs: Any) -> KVPool:
+        assert not [keys for keys in made if keys() is not None]
+        pool: KVPool = make(*args, **kwargs)
+        made.append(weakref.ref(pool.keys))
+        return pool
+
+    monkeypatch.setattr(KVPool, "empty", empty)
+    mllm.score(text_model.ours, [mllm.Prompt([1, 2, 3])] * 3)
+    assert len(made) == 3
 
 
 def test_score_of_a_broken_picture_is_an_image_error(vision_model: Tiny) -> None:
