@@ -102,7 +102,7 @@ class Loop:
         self.batch = None
         try:
             drawn = _prefill_and_draw(self.model, self.lease, self.table, part, self.features)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             self.lease.pool = kept
@@ -121,7 +121,7 @@ class Loop:
                 self.longest = max(int(self.table.length[run.row]) for run in self.decoding)
                 self.batch, self.sampling = _decode_batch(self.model, self.table, self.decoding, self.longest + 1)
             self.lease.pool, self.batch, tokens = programs.step(self.lease.pool, self.batch, self.sampling)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             self.lease.pool, self.batch = kept, None

@@ -28,6 +28,12 @@ from mllm.shelf import Shelf
 from mllm.table import RequestTable
 
 NEW = [5, 3, 6, 4]
+DEVICE_STAGES = (
+    "vit",
+    "prefill",
+    "sample",
+    "step",
+)  # memory that runs out in one fails requests; in the others, the call
 
 
 def four(model: Tiny, **options: Any) -> list[Completion]:
@@ -59,32 +65,27 @@ def test_an_exception_at_any_boundary_ends_the_call_and_the_next_one_is_right(
     vision_model: Tiny, faults: Faults, error: BaseException
 ) -> None:
     want, boundaries = faults.walk(lambda: four(vision_model))
-    raised = 0
-    for boundary in boundaries:
+    ending = [b for b in boundaries if not (isinstance(error, MemoryError) and b.stage in DEVICE_STAGES)]
+    assert len(ending) > 15
+    for boundary in ending:
         faults.arm(boundary, error)
-        try:
-            outs = four(vision_model)
-        except type(error) as caught:
-            raised += caught is error
-        else:  # memory that ran out in the encoder fails one request
-            assert isinstance(error, MemoryError)
-            assert boundary.stage == "vit"
-            assert [o.finish_reason for o in outs].count("error") == 1
+        with pytest.raises(type(error)) as caught:
+            four(vision_model)
+        assert caught.value is error
         faults.clear()
         assert four(vision_model) == want, boundary
-    assert raised >= len(boundaries) - 4
 
 
-@pytest.mark.parametrize("stage", ["vit", "prefill", "sample", "step"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("stage", DEVICE_STAGES)
 def test_memory_that_runs_out_at_any_boundary_fails_the_batch_and_the_others_get_their_tokens(
-    vision_model: Tiny, faults: Faults, ahead: int, stage: str
+    vision_model: Tiny, faults: Faults, ahead: int, stage: str, error: type[Exception]
 ) -> None:
-    """Host stages have no device memory to run out of."""
     want, boundaries = faults.walk(lambda: four(vision_model))
     mine = [b for b in boundaries if b.stage == stage]
     assert len(mine) >= 4
     for boundary in mine:
-        faults.arm(boundary, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GB"))
+        faults.arm(boundary, error("out of memory. Tried to allocate 1 GB"))
         outs = four(vision_model)
         failed = [o for o in outs if o.finish_reason == "error"]
         assert 1 <= len(failed) <= (1 if stage == "vit" else 3), boundary
@@ -113,7 +114,7 @@ def test_pages_are_conserved_when_memory_runs_out_at_any_boundary(
 
         monkeypatch.setattr(stages, name, watch)
     for boundary in boundaries:
-        if boundary.stage in ("vit", "prefill", "sample", "step"):
+        if boundary.stage in DEVICE_STAGES:
             faults.arm(boundary, torch.OutOfMemoryError("no memory"))
             four(vision_model)
             assert (tables[-1].n_free, bool(tables[-1].live.any())) == (len(tables[-1].free), False), boundary
