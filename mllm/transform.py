@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ Recorder = Callable[[Run], tuple[Tree, Run]]
 """Runs a function once, for its result, and records it: (that result, a replay that returns the outputs)."""
 
 _donate = donate  # `capture` has a parameter of that name
-_MIXED = object()  # lies in the buffers of an argument that hold some of one and some of another
+_UNKNOWN = object()  # lies in the buffers of an argument: what may change, or some of one and some of another
 
 
 def capture(
@@ -60,6 +60,8 @@ def capture(
     """
     parameters = inspect.signature(fn)
     name = getattr(fn, "func", fn).__name__
+    if limit < 1:
+        raise CaptureError(f"limit={limit}: {name} needs at least one recording")
     if unknown := sorted({*donate, *carry} - parameters.parameters.keys()):
         raise CaptureError(f"{name} has no argument {unknown}; it has {list(parameters.parameters)}")
     bind = _binder(parameters)
@@ -111,7 +113,10 @@ def _binder(parameters: inspect.Signature) -> Callable[[tuple[Any, ...], dict[st
 
 
 class _Recording:
-    """One signature of one captured function: its buffers, and what lies in them."""
+    """One signature of one captured function: its buffers, and what lies in them.
+
+    `present`: of each argument, a plain value or a weak reference to the state; what a caller has done with is let go of.
+    """
 
     def __init__(self, name: str, donated: tuple[str, ...], carried: tuple[str, ...]) -> None:
         self.name, self.donated, self.carried = name, donated, carried
@@ -129,7 +134,7 @@ class _Recording:
                 f"{self.name} does not hand back {lost}, which capture was told that it takes; it hands back "
                 f"{sorted(came_back) or 'none of its arguments'}"
             )
-        self.present = dict(given)
+        self.present = {k: _known(v) for k, v in given.items()}
         self._take(given)
         lent = {id(t) for v in buffers.values() for t in leaves(v)} - self.held.keys()  # overwritten by the next call
         return self._note(map_leaves(lambda t: t.clone() if id(t) in lent else t, first))
@@ -138,10 +143,13 @@ class _Recording:
         """Whether each argument is the object that lies there, and none may have changed since. Raises `DonatedError` for
         one that is dead."""
         for argument, value in given.items():
-            if value is not self.present[argument] or isinstance(value, Tensor | tuple | list):
-                return False
+            present = self.present[argument]
             if isinstance(value, State):
+                if not isinstance(present, ref) or present() is not value:
+                    return False
                 check_alive(value)
+            elif value is not present:  # nor a reference, whose state may be gone: None is no sign of that
+                return False
         return True
 
     def call(self, given: dict[str, Any]) -> Tree:
@@ -168,15 +176,16 @@ class _Recording:
 
     def _bring(self, argument: str, value: Tree) -> None:
         """Copy an argument into the recording's buffers, unless it lies there already."""
-        present = self.present[argument]
-        if value is present and isinstance(value, State):
+        known = self.present[argument]
+        present = known() if isinstance(known, ref) else None
+        if value is present and present is not None:
             return
-        if argument in self.carried and isinstance(present, State) and not is_donated(present):
+        if argument in self.carried and present is not None and not is_donated(present):
             _donate(present, to=f"a call of the captured {self.name} with another {argument}")
-        self.present[argument] = _MIXED  # what a copy that fails leaves
+        self.present[argument] = _UNKNOWN  # what a copy that fails leaves
         for buffer, source in zip(leaves(self.buffers[argument]), leaves(value), strict=True):
             buffer.copy_(source, non_blocking=True)
-        self.present[argument] = value
+        self.present[argument] = _known(value)
 
     def _take(self, given: dict[str, Any]) -> None:
         for argument in (*self.donated, *self.carried):
@@ -188,8 +197,15 @@ class _Recording:
             if isinstance(part, State) and (tensors := leaves(part)):
                 argument = self.held.get(id(tensors[0]))
                 if argument is not None:
-                    self.present[argument] = part
+                    self.present[argument] = ref(part)
         return out
+
+
+def _known(value: Tree) -> Any:
+    """By which an argument is known again that nothing may have changed since."""
+    if isinstance(value, State):
+        return ref(value)
+    return _UNKNOWN if isinstance(value, Tensor | tuple | list) else value
 
 
 def _beyond_limit(name: str, limit: int, key: tuple[Any, ...], recorded: list[tuple[Any, ...]]) -> str:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -194,6 +195,20 @@ def test_a_state_among_the_other_arguments_is_read_whenever_it_is_a_new_one(reco
     assert pool.data.tolist() == [9]
 
 
+def test_what_the_caller_has_done_with_is_let_go_of_and_nothing_is_no_sign_of_it(recorder: Any) -> None:
+    def fn(pool: Store, batch: Carry, x: Store | None) -> tuple[Store, Carry, Tensor]:
+        return bump(pool, batch, torch.zeros(1) if x is None else x.data)
+
+    step = captured(recorder, fn)
+    x = store(1)
+    pool, batch, _ = step(store(0), carry(0), x)
+    gone = ref(x)
+    del x
+    assert gone() is None
+    pool, _, _ = step(pool, batch, None)
+    assert pool.data.tolist() == [1]
+
+
 def test_each_size_has_a_recording_of_its_own(recorder: Any) -> None:
     def fn(pool: Store, batch: Carry) -> tuple[Store, Carry, Tensor]:
         pool, batch = donate(pool, to="fn"), donate(batch, to="fn")
@@ -366,9 +381,11 @@ def test_a_function_that_fails_takes_nothing(recorder: Any) -> None:
     usable(captured(recorder), pool, batch, torch.ones(1))
 
 
-def test_a_name_that_is_no_argument_is_refused_when_it_is_captured() -> None:
+def test_a_name_that_is_no_argument_or_a_limit_of_none_is_refused_when_it_is_captured() -> None:
     with pytest.raises(CaptureError, match=r"bump has no argument \['pooll'\]; it has \['pool', "):
         capture(bump, donate=("pooll",))
+    with pytest.raises(CaptureError, match="limit=0: bump needs at least one recording"):
+        capture(bump, limit=0)
 
 
 # the decode step of a model
