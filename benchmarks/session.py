@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks import clock, models, points, trace
 from benchmarks.figures import Limit, Work, rates
 from benchmarks.settings import Settings
-from mllm import budget
+from mllm import budget, devices
 from mllm.budget import MemoryProfile
 from mllm.model import Model
 
@@ -34,6 +34,7 @@ class Session:
     """Made once per run; everything dear is made when a case first asks for it."""
 
     def __init__(self, settings: Settings) -> None:
+        devices.choose(settings.device)
         self.settings = settings
         self.remarks: list[str] = []  # printed after the run
         self.prefill_s: dict[tuple[int, int], float] = {}  # median by (rows, input length), for the rows of decode

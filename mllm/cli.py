@@ -18,7 +18,7 @@ from attrs import asdict, frozen
 from PIL import Image
 
 import mllm
-from mllm import budget, compare, environment, families, images, plot
+from mllm import budget, compare, devices, environment, families, images, plot
 from mllm.errors import MemoryBudgetError, MissingPackageError, MllmError
 from mllm.model import plan
 from mllm.signs import pictures
@@ -153,6 +153,7 @@ def _choice(args: argparse.Namespace) -> dict[str, Any]:
         kind = torch.device(args.device).type
     except RuntimeError as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    devices.choose(args.device)
     dtype = "float32" if args.dtype == "auto" and kind == "cpu" else args.dtype
     return {
         "path": None if args.model == "signs" else args.model, "device": args.device, "dtype": dtype,

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from attrs import field, frozen
 
-from mllm import budget, checkpoint, families, prompts, signs, weights
+from mllm import budget, checkpoint, devices, families, prompts, signs, weights
 from mllm.budget import MEM_FRACTION_STATIC, MemoryProfile
-from mllm.cache import PAGE_SIZE
 from mllm.config import Config
 from mllm.errors import CheckpointError, ConfigError
 from mllm.image_config import ImageConfig
@@ -81,16 +80,19 @@ def load(
     """Load a local Hugging Face folder: `config.json`, safetensors (sharded or not), and a tokenizer if it has one.
 
     Without a path it is "signs", the small model that ships with the package (`mllm.signs`).
-    `dtype` "auto" keeps what config.json or else the files say. `mem_fraction_static` is the share of the memory that is
-    available now which weights and KV pool together may take. `ignore_config` names keys of config.json to pass over.
-    Nothing is downloaded. Raises `ConfigError` and `CheckpointError` naming file and key or tensor, and
-    `MemoryBudgetError` with the arithmetic.
+    `device` is cpu, cuda, or cuda:1 where that is PyTorch's current one. `dtype` "auto" keeps what config.json or else
+    the files say. `mem_fraction_static` is the share of the memory that is available now which weights and KV pool
+    together may take. `ignore_config` names keys of config.json to pass over. `progress` shows a bar on standard error;
+    None: where that is a terminal. Nothing is downloaded.
+
+    Raises `ConfigError` and `CheckpointError` naming file and key or tensor, `MemoryBudgetError` with the arithmetic,
+    `MissingPackageError` for a package that the device needs, and `ValueError` for the other arguments.
     """
     budget.check_fraction(mem_fraction_static)
     folder = signs.FOLDER if path is None else Path(path)
     config, images = _read(folder, ignore_config)
     kind = _dtype(config.dtype if dtype == "auto" else dtype)
-    place = _device(device)
+    place = devices.parse(device)
     before = _planned(config, images, place, kind or torch.bfloat16, mem_fraction_static).available_before
     tokenizer = Tokenizer.load(folder)  # first, since one that is broken takes no time to find
     made = checkpoint.load(folder, config, device=place, dtype=kind, progress=progress)
@@ -116,14 +118,15 @@ def dummy(
     """A model of the right shapes with random weights, for tests and benchmarks: no download, no tokenizer.
 
     `config` is a `Config` or the name of a public model: qwen3-0.6b, -1.7b, -4b, -8b, qwen3-vl-2b, -4b, -8b.
-    `mem_fraction_static` is as in `load`.
+    The other arguments are as in `load`; equal seeds give equal weights on one kind of device. Raises `ConfigError` for an
+    unknown name, and `MemoryBudgetError`, `MissingPackageError` and `ValueError` as `load` does.
     """
     budget.check_fraction(mem_fraction_static)
     name = config if isinstance(config, str) else "dummy"
     parsed = families.preset(config) if isinstance(config, str) else config
     images = _image_config(None, parsed, name)
     kind = _dtype(parsed.dtype if dtype == "auto" else dtype) or torch.bfloat16
-    place = _device(device)
+    place = devices.parse(device)
     before = _planned(parsed, images, place, kind, mem_fraction_static).available_before
     made = weights.random(parsed, seed=seed, device=place, dtype=kind)
     return Model(
@@ -148,7 +151,7 @@ def plan(
     `path` is a folder, the name of a public model's shapes as in `dummy`, or None for the embedded model. Raises as
     `load` does.
     """
-    place = _device(device)
+    place = devices.parse(device)
     if isinstance(path, str) and path in families.PRESETS and not Path(path).is_dir():
         config, images = families.preset(path), _image_config(None, families.preset(path), path)
     else:
@@ -218,15 +221,3 @@ def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or the torch dtype, got {name!r}")
     return DTYPES[name]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: {str(error).splitlines()[0]}") from None
-    if kind.type not in PAGE_SIZE:
-        raise ValueError(f"device {str(kind)!r}: there are kernels for {' and '.join(PAGE_SIZE)}")
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(kind)!r}: PyTorch sees no GPU here; torch.__version__ is {torch.__version__}")
-    return kind
