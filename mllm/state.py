@@ -86,7 +86,7 @@ class State:
 
 
 def tensor(dims: str, dtype: torch.dtype | None = None) -> Any:
-    """Declare a tensor field: `dims` names its sizes by `LEGEND`, a number, or a letter with `+1` ("B+1")."""
+    """Declare a tensor field: `dims` names its sizes by `LEGEND`, a number, or a letter and a difference ("B+1")."""
     return attrs.field(metadata={"dims": tuple(dims.split()), "dtype": dtype})
 
 
@@ -131,8 +131,8 @@ def _bind(
         if int(dim) != got:
             raise ShapeError(f"{where}: {expected}")
         return
-    letter, _, more = dim.partition("+")
-    size = got - int(more or 0)
+    letter = dim.rstrip("+-0123456789")
+    size = got - int(dim[len(letter) :] or 0)
     bound, by = sizes.setdefault(letter, (size, where))
     if bound != size:
         raise ShapeError(f"{where}: {letter}={size} here but {letter}={bound} in {by}; {expected}")

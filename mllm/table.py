@@ -7,7 +7,7 @@ hold between any two stages:
     pages[r, :held[r]]               page ids that row r owns, in token order; SINK beyond
     length[r] <= held[r] * S         every token whose KV is in the pool has a slot
     live[r] or held[r] == 0          a dead row owns nothing
-    n_free + sum(held) == P          no page is lost, none is owned twice
+    n_free + sum(held) == P - 1      no page is lost, none is owned twice
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RequestTable(State):
     held: Tensor = tensor("R", torch.int32)
     length: Tensor = tensor("R", torch.int32)
     live: Tensor = tensor("R", torch.bool)
-    free: Tensor = tensor("P", torch.int32)
+    free: Tensor = tensor("P-1", torch.int32)
     n_free: int
     page_size: int
 
