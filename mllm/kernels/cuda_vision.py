@@ -63,7 +63,7 @@ def patch_embed(
     return linear_bias_add(values, weights.patch, weights.patch_bias, position, pdl=pdl)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1024)  # as in `rope.frequencies`
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(byte / 255 - mean) / std as byte * scale + shift, f32 [channels] each."""
     spread = torch.tensor(std, dtype=torch.float64)

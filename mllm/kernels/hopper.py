@@ -88,7 +88,7 @@ def new_barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    """Of a card; of tensors that are nowhere, those of an H100."""
+    """Streaming multiprocessors of a GPU; an H100's for tensors on any other device (compiled or interpreted there)."""
     if device.type != "cuda":
         return MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -17,7 +17,7 @@ from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.kernels.room import empty_rows
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1024)  # beyond all that a process has: CUDA graphs read what lies here, and do not hold it
 def frequencies(count: int, theta: float, device: torch.device) -> Tensor:
     """As `rotary.frequencies`, made once: six small kernels that a pass need not repeat."""
     return rotary.frequencies(count, theta, device)
