@@ -75,6 +75,20 @@ def test_training_batches_are_seeded():
     assert not torch.equal(one["labels"], data.Stream(4, 4, 0, 2).batch(1)["labels"])
 
 
+def test_a_batch_that_cannot_be_drawn_ends_the_training(monkeypatch):
+    def batch(stream, number, draw=data.Stream.batch):
+        if number == 2:
+            raise MemoryError("no room to draw in")
+        return draw(stream, number)
+
+    monkeypatch.setattr(data.Stream, "batch", batch)
+    args = argparse.Namespace(batch=2, replay=1, keep=4, seed=1, steps=4, workers=0)
+    batches = train.batches(args, 0, "cpu")
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(MemoryError, match="no room to draw in"):
+        next(batches)
+
+
 @pytest.mark.slow
 def test_script_trains_saves_and_goes_on(tmp_path):
     said = io.StringIO()

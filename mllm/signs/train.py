@@ -11,11 +11,11 @@ import argparse
 import json
 import math
 import os
-import queue
 import shutil
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mllm.signs.pictures import KINDS
 
 VOCABULARY = 704  # 700 tokens, rounded up to a multiple of 64
 SCORING = 60  # seconds of `--minutes` that are kept for saving and scoring, or a quarter of them if that is less
+AHEAD = 16  # batches that are drawn before they are wanted
 ABLATIONS = {"whole": {}, "no deepstack": {"taps": False}, "1-D positions": {"flat": True}}
 
 
@@ -89,41 +90,40 @@ def rate_at(step: int, warmup: int, share: float) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def _pass_on(loader: DataLoader[Batch], ready: queue.Queue[Batch]) -> None:
-    for batch in loader:
-        ready.put(batch)
-
-
 def _stand_back(_: int) -> None:
     """Leave the processor to the process that feeds the GPU."""
     os.nice(10)
 
 
 def batches(args: argparse.Namespace, done: int, device: str) -> Iterator[Batch]:
-    """The batch of each step from `done` on. Drawing is slower than learning, so batches are used again later,
+    """The batch of each step from `done` on.
 
-    picked at random out of the last few hundred: each `replay` times on average, or with a `replay` of 0 whenever
-    no new batch is ready.
+    Drawing is slower than learning, so batches are used again later, picked at random out of the last few hundred: each
+    `replay` times on average, or with a `replay` of 0 whenever no new batch is ready. Raises what drawing raises.
     """
     fresh, rounds = done // max(args.replay, 1), max(args.replay, 1)
     stream = Stream(args.seed, args.batch, fresh, math.ceil(args.steps / rounds) + 1)
     loader = DataLoader(stream, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda",
                         prefetch_factor=8 if args.workers else None,
                         worker_init_fn=_stand_back)  # fmt: skip
-    ready: queue.Queue[Batch] = queue.Queue(maxsize=16)
-    threading.Thread(target=_pass_on, args=(loader, ready), daemon=True).start()
     generator = torch.Generator().manual_seed(args.seed + done)
     kept: list[Batch] = []
-    for step in range(args.steps - done):
-        wanted = step % rounds == 0 if args.replay else not kept or not ready.empty()
-        if not wanted:
-            yield kept[int(torch.randint(len(kept), (), generator=generator))]
-            continue
-        batch = {k: v if k == "longest" else v.to(device, non_blocking=True) for k, v in ready.get().items()}
-        kept.append(batch)
-        if len(kept) > args.keep:
-            kept.pop(0)
-        yield batch
+    drawn, drawing = iter(loader), ThreadPoolExecutor(1)
+    ready = deque(drawing.submit(next, drawn) for _ in range(AHEAD))
+    try:
+        for step in range(args.steps - done):
+            wanted = step % rounds == 0 if args.replay else not kept or ready[0].done()
+            if not wanted:
+                yield kept[int(torch.randint(len(kept), (), generator=generator))]
+                continue
+            ready.append(drawing.submit(next, drawn))
+            found = ready.popleft().result()
+            kept.append({k: v if k == "longest" else v.to(device, non_blocking=True) for k, v in found.items()})
+            if len(kept) > args.keep:
+                kept.pop(0)
+            yield kept[-1]
+    finally:
+        drawing.shutdown(cancel_futures=True)
 
 
 def loss_of(model: Qwen3VLForConditionalGeneration, batch: Batch, device: str, noise: float) -> torch.Tensor:
