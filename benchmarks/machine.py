@@ -53,7 +53,9 @@ def gpu(index: int) -> dict[str, Any]:
         "cuda": torch.version.cuda,
     }
     query = f"--query-gpu={','.join(GPU_FIELDS)}"
-    line = _output("nvidia-smi", f"--id={index}", query, "--format=csv,noheader")
+    for name in (f"GPU-{properties.uuid}", str(index)):  # nvidia-smi's numbers are not those of CUDA_VISIBLE_DEVICES
+        if line := _output("nvidia-smi", f"--id={name}", query, "--format=csv,noheader"):
+            break
     return found | dict(zip(GPU_FIELDS, (part.strip() for part in line.split(",")), strict=False))
 
 

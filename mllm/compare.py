@@ -65,8 +65,12 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON") from None
     if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
         raise ValueError(f"{path}: not a result file of pytest --benchmark-json")
-    if not isinstance(data.get("machine_info", {}), dict):
+    machine = data.get("machine_info", {})
+    if not isinstance(machine, dict):
         raise ValueError(f"{path}: machine_info is not an object")
+    for part in ("gpu", "cpu", "packages"):
+        if not isinstance(machine.get(part, {}), dict):
+            raise ValueError(f"{path}: machine_info.{part} is not an object")
     for index, case in enumerate(data["benchmarks"]):
         if not _is_case(case):
             raise ValueError(

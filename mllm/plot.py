@@ -86,7 +86,7 @@ def _title(cases: list[Case], data: dict[str, Any]) -> str:
     """Model, number format, device."""
     for case in cases:
         if case.get("model"):
-            return f"{case['model']}, {case['dtype']}, {compare.hardware(data)}"
+            return f"{case['model']}, {case.get('dtype', 'unknown dtype')}, {compare.hardware(data)}"
     return compare.hardware(data)
 
 

@@ -123,6 +123,9 @@ def test_a_single_round_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixt
     "change",
     [
         lambda data: data.update(machine_info=5),
+        lambda data: data["machine_info"].update(gpu=None),
+        lambda data: data["machine_info"].update(cpu="Xeon"),
+        lambda data: data["machine_info"].update(packages=["torch"]),
         lambda data: data["benchmarks"].append({}),
         lambda data: data["benchmarks"].append(1),
         lambda data: data["benchmarks"][0].pop("extra_info"),
@@ -139,7 +142,7 @@ def test_a_file_that_no_benchmark_wrote_is_an_error_of_one_line(
     assert _compare(tmp_path, _results(a=0.010), broken) == 2
     assert plot.main([str(tmp_path / "new.json"), "--into", str(tmp_path)]) == 2
     for line in capsys.readouterr().err.splitlines():
-        assert re.match(r"mllm (compare|plot): .*new\.json: (benchmarks\[\d\]|machine_info) ", line)
+        assert re.match(r"mllm (compare|plot): .*new\.json: (benchmarks\[\d\]|machine_info(\.\w+)?) ", line)
 
 
 def test_a_file_that_is_no_json_is_an_error_of_one_line(tmp_path: Path) -> None:
