@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,10 +58,6 @@ def device_time(fn: Call, device: torch.device | str, *, head_start: float) -> f
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3
-
-
-def median_device_time(fn: Call, device: torch.device | str, *, rounds: int, head_start: float) -> float:
-    return statistics.median(device_time(fn, device, head_start=head_start) for _ in range(rounds))
 
 
 def measure_limit(device: torch.device | str, dtype: torch.dtype) -> Limit:

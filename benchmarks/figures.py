@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from mllm.config import Config, TextConfig, VisionConfig
+from mllm.config import TextConfig, VisionConfig
 
 
 @frozen
@@ -107,9 +107,3 @@ def first_token(rows: int, input_len: int, seconds: float) -> dict[str, float]:
         "prefill_latency": seconds, "prefill_throughput": rows * input_len / seconds,
         "total_latency": seconds, "overall_throughput": rows * (input_len + 1) / seconds,
     }  # fmt: skip
-
-
-def parameters(config: Config) -> int:
-    """Elements of all matrices of a model, the encoder's included."""
-    text = layer_parameters(config.text) + config.text.vocab_size * config.text.hidden_size
-    return text + (int(vit(config.vision, patches=(), itemsize=1).bytes) if config.vision else 0)

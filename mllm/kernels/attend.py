@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mllm.kernels.decode_plan import DecodePlan, Unmerged
+from mllm.kernels.decode_plan import DecodePlan, SplitHeads
 from mllm.kernels.flash import LOG2E, slots_of
 from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.kernels.room import empty_rows
@@ -125,7 +125,7 @@ def shares(length, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def merged(parts, sums, live, A: tl.constexpr, D: tl.constexpr, AP: tl.constexpr, SPLITS: tl.constexpr):
-    """The first `live` splits of an `Unmerged` as one vector f32 [AP], zeros beyond A. D is a power of two."""
+    """The first `live` splits of an `SplitHeads` as one vector f32 [AP], zeros beyond A. D is a power of two."""
     h = tl.arange(0, AP // D)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, D)
@@ -146,7 +146,7 @@ def attend_kernel(
 ):  # fmt: skip
     """out [B H*D] from qkv [B (H + 2K)*D]; writes the new keys and values [P S K D] at `slots`.
 
-    Without MERGE there is one row, and `out` and `stats` are the parts and sums of an `Unmerged`.
+    Without MERGE there is one row, and `out` and `stats` are the parts and sums of an `SplitHeads`.
     """
     G: tl.constexpr = H // K
     h = tl.program_id(0)
@@ -211,7 +211,7 @@ def attend_kernel(
 def attend_(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: DecodePlan, keys: Tensor, values: Tensor, *, eps: float,
     pdl: bool,
-) -> Tensor | Unmerged:  # fmt: skip
+) -> Tensor | SplitHeads:  # fmt: skip
     """As `reference.attend_`, one token a row."""
     rows, width = qkv.shape
     page_size, kv_heads, size = keys.shape[1:]
@@ -231,4 +231,4 @@ def attend_(
         STAGES=split.stages, MERGE=workspace is not None, num_warps=split.warps, num_stages=split.stages,
         **options(pdl),
     )  # fmt: skip
-    return Unmerged(out, stats, plan.lengths, split.tile) if workspace is None else out
+    return SplitHeads(out, stats, plan.lengths, split.tile) if workspace is None else out

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from mllm.kernels.attend import shares
-from mllm.kernels.decode_plan import DecodePlan, Split, Unmerged
+from mllm.kernels.decode_plan import DecodePlan, Split, SplitHeads
 from mllm.kernels.flash import LOG2E
 from mllm.kernels.pdl import launch_dependents, options, wait
 
@@ -218,7 +218,7 @@ def attend_one_kernel(
     qkv, q_norm, k_norm, cos, sin, keys, values, slots, pages, lengths, out, sums, scale, eps, H: gl.constexpr,
     K: gl.constexpr, D: gl.constexpr, S: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The parts `out` [SPLITS H*D] and `sums` [SPLITS H] of an `Unmerged` from qkv [(H + 2K)*D]; writes the new keys and
+    """The parts `out` [SPLITS H*D] and `sums` [SPLITS H] of an `SplitHeads` from qkv [(H + 2K)*D]; writes the new keys and
     values [P S K D] at `slots`."""
     G: gl.constexpr = H // K
     T: gl.constexpr = keys.dtype.element_ty
@@ -269,7 +269,7 @@ def fits(split: Split, group: int, size: int, tokens: int) -> bool:
 def attend_(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: DecodePlan, keys: Tensor, values: Tensor, *, eps: float,
     pdl: bool,
-) -> Unmerged:  # fmt: skip
+) -> SplitHeads:  # fmt: skip
     """As `reference.attend_`, of one row."""
     page_size, kv_heads, size = keys.shape[1:]
     heads = qkv.shape[1] // size - 2 * kv_heads
@@ -281,4 +281,4 @@ def attend_(
         size**-0.5 * LOG2E, eps, H=heads, K=kv_heads, D=size, S=page_size, SPLITS=split.splits, TILE=split.tile,
         num_warps=split.warps, **options(pdl),
     )  # fmt: skip
-    return Unmerged(out, sums, plan.lengths, split.tile)
+    return SplitHeads(out, sums, plan.lengths, split.tile)

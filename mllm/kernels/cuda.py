@@ -36,7 +36,7 @@ from mllm.kernels import (
     skinny,
     step,
 )
-from mllm.kernels.decode_plan import DecodePlan, Unmerged
+from mllm.kernels.decode_plan import DecodePlan, SplitHeads
 from mllm.kernels.hopper import multiprocessors
 from mllm.kernels.norm import Pending, Stream, add_norm
 from mllm.kernels.ops import Ops
@@ -119,7 +119,7 @@ def _fused(product: Product) -> dict[str, Callable[..., Any]]:
     def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
         return x, product(x, norm, weight, eps=eps, gate=True)
 
-    def linear_add(y: Tensor | Unmerged, weight: Tensor, x: Tensor) -> Tensor:
+    def linear_add(y: Tensor | SplitHeads, weight: Tensor, x: Tensor) -> Tensor:
         total: Tensor = product(y, None, weight, x)
         return total
 
@@ -247,7 +247,7 @@ def _persistent(
 def _attend(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, plan: DecodePlan, keys: Tensor, values: Tensor, *, eps: float,
     pdl: bool,
-) -> Tensor | Unmerged:  # fmt: skip
+) -> Tensor | SplitHeads:  # fmt: skip
     run = attend.attend_ if plan.split.stages else attend_one.attend_
     return run(qkv, q_norm, k_norm, plan, keys, values, eps=eps, pdl=pdl)
 

@@ -49,7 +49,7 @@ def _cut(wanted: int) -> int:
     return min(32, 1 << (max(wanted, 1).bit_length() - 1))
 
 
-class Unmerged(NamedTuple):
+class SplitHeads(NamedTuple):
     """What the splits of one row's context left: their results [splits A], and log2 of their softmax sums [splits H].
 
     Those that its length [1], in tiles of so many tokens, has no work for have written nothing.
@@ -96,7 +96,7 @@ class Exchange(State):
 @state
 class DecodePlan(State):
     """Computed once per step: rotary tables f32 [B D/2] and the batch's bounds. Without a `workspace` the splits are
-    handed on as `Unmerged`. `exchange` is for `persistent`, and None where that can't do the step."""
+    handed on as `SplitHeads`. `exchange` is for `persistent`, and None where that can't do the step."""
 
     cos: Tensor
     sin: Tensor

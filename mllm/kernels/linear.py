@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mllm.errors import ShapeError
 from mllm.kernels.attend import merged, shares
-from mllm.kernels.decode_plan import Unmerged
+from mllm.kernels.decode_plan import SplitHeads
 from mllm.kernels.pdl import launch_dependents, options, wait
 
 
@@ -74,7 +74,7 @@ def linear_kernel(
 ):  # fmt: skip
     """y [N] from x [K] and w [N K]. GATE: w [2N K] holds gate over up, and y is silu(gate) * up.
 
-    SPLITS: x, `sums`, `lengths` and TILE are an `Unmerged` of heads of D; else 0. What is long is kept in pieces, since
+    SPLITS: x, `sums`, `lengths` and TILE are an `SplitHeads` of heads of D; else 0. What is long is kept in pieces, since
     the width of a tensor is a power of two here.
     """
     first = tl.program_id(0) * BN
@@ -149,13 +149,13 @@ def pieces_for(inputs: int) -> tuple[int, int]:
 
 
 def linear(
-    x: Tensor | Unmerged, norm: Tensor | None, w: Tensor, residual: Tensor | None = None, *, eps: float = 0.0,
+    x: Tensor | SplitHeads, norm: Tensor | None, w: Tensor, residual: Tensor | None = None, *, eps: float = 0.0,
     gate: bool = False, pdl: bool, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """norm(x [1 K]) @ w [N K].T + residual: [1 N]; `gate`: silu(gate) * up, [1 N/2]."""
     if not w.is_contiguous():  # as a CPU may have it; read by rows it would give numbers, all wrong
         raise ShapeError(f"linear: expected a weight laid out by rows, got strides {w.stride()} for {list(w.shape)}")
-    parts, sums, lengths, token_tile = x if isinstance(x, Unmerged) else (x, None, x, 1)
+    parts, sums, lengths, token_tile = x if isinstance(x, SplitHeads) else (x, None, x, 1)
     inputs = parts.shape[1]
     outputs = len(w) // 2 if gate else len(w)
     merge = sums is not None  # whose heads are laid out in one piece
