@@ -1,27 +1,27 @@
 """From examples to packed batches of tensors: many pictures and many prompts of different sizes, without padding.
 
-Pictures are prepared as transformers' Qwen2-VL image processor does: resized with bicubic interpolation to multiples
-of 32, cut into patches of 16 x 16 in blocks of 2 x 2. Values stay uint8; the model's side scales them to -1..1.
+Pictures are prepared, and tokens placed, as for the runtime (`mllm.images`, `mllm.positions`), and so as transformers
+does. Values stay uint8; the model's side scales them to -1..1.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
 from attrs import evolve
-from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset
 
+from mllm import images
+from mllm.image_config import ImageConfig
+from mllm.positions import positions
 from mllm.signs import tokens
 from mllm.signs.pictures import KINDS, Example, examples, held_out
 
-PATCH, MERGE = 16, 2
-MIN_PIXELS, MAX_PIXELS = 64 * 64, 512 * 512
+IMAGES = ImageConfig(patch=16, merge=2, min_pixels=64 * 64, max_pixels=512 * 512)
 # The share of each kind among the training pictures: text is by far the hardest, then telling shapes of one colour apart
 SHARES = {
     "shapes": 0.05, "text": 0.41, "count": 0.13, "place": 0.06, "where": 0.02, "change": 0.12, "chat": 0.02, "alike": 0.19
@@ -30,37 +30,6 @@ SHARES = {
 FURTHER = dict.fromkeys(SHARES, 2) | {"alike": 4}
 
 Batch = dict[str, torch.Tensor]
-
-
-def resized(height: int, width: int) -> tuple[int, int]:
-    """The size that the image processor gives a picture."""
-    unit = PATCH * MERGE
-    rows, columns = round(height / unit) * unit, round(width / unit) * unit
-    if rows * columns > MAX_PIXELS:
-        shrink = math.sqrt(height * width / MAX_PIXELS)
-        return tuple(max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))  # type: ignore[return-value]
-    if rows * columns < MIN_PIXELS:
-        grow = math.sqrt(MIN_PIXELS / (height * width))
-        return tuple(math.ceil(side * grow / unit) * unit for side in (height, width))  # type: ignore[return-value]
-    return rows, columns
-
-
-def patches(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture's patches, uint8 [patches, 3 * 16 * 16] in blocks of 2 x 2, and its grid (rows, columns)."""
-    height, width = resized(image.size[1], image.size[0])
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    rows, columns = height // PATCH, width // PATCH
-    pixels = np.asarray(image).reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
-    return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1), (rows, columns)
-
-
-@lru_cache(maxsize=4096)
-def patch_places(rows: int, columns: int) -> np.ndarray:
-    """Row and column of each patch, and the grid's size, int16 [patches, 4]."""
-    at = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1)
-    at = at.reshape(rows // MERGE, MERGE, columns // MERGE, MERGE, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
-    return np.concatenate([at, np.broadcast_to([rows, columns], at.shape)], 1).astype(np.int16)
 
 
 @lru_cache(maxsize=1)
@@ -77,60 +46,56 @@ def _prompt(item: Example, grids: list[tuple[int, int]]) -> tuple[list[int], lis
     answer = tokenizer.encode(f"{item.answer}<|im_end|>").ids
     pad, left = tokenizer.token_to_id("<|image_pad|>"), list(grids)
     ids: list[int] = []
-    positions, start = [], 0
+    starts = []
     for token in prompt + answer:
         if token == pad:
-            rows, columns = (side // MERGE for side in left.pop(0))
-            where = np.indices((1, rows, columns)).reshape(3, -1)
-            ids += [token] * (rows * columns)
-            positions.append(where + start)
-            start += max(rows, columns)
+            starts.append(len(ids))
+            ids += [token] * images.tokens(left.pop(0), IMAGES)
         else:
             ids.append(token)
-            positions.append(np.full((3, 1), start))
-            start += 1
-    return ids, answer, np.concatenate(positions, 1)
+    merged = [(rows // IMAGES.merge, columns // IMAGES.merge) for rows, columns in grids]
+    return ids, answer, positions(len(ids), starts, merged)[0]
 
 
 def pack(items: list[Example]) -> Batch:
     """One batch of many examples; pictures that are the same object are encoded once.
 
-    patches [P, 768], places [P, 4], vision_starts [pictures + 1]; ids
+    patches [P, 768], places [4, P] (row, column, rows, columns), vision_starts [pictures + 1]; ids
     and positions [3, T] of all tokens one prompt after another, starts [prompts + 1]; `shown_at` the picture
     tokens and `shown_row` their rows of the merged features; `at` the tokens that predict
     the answers' `labels`, and `owner` the prompt that each belongs to.
     """
     seen: dict[int, tuple[int, tuple[int, int]]] = {}
     cut, places, sizes, row = [], [], [0], 0
-    ids, positions, starts, shown_at, shown_row = [], [], [0], [], []
+    ids, where, starts, shown_at, shown_row = [], [], [0], [], []
     at, labels, owner = [], [], []
     pad = _tokenizer().token_to_id("<|image_pad|>")
     for number, item in enumerate(items):
         for image in item.images:
             if id(image) not in seen:
-                pixels, grid = patches(image)
-                cut.append(pixels)
-                places.append(patch_places(*grid))
-                sizes.append(len(pixels))
+                grid = images.grid(image.size, IMAGES)
+                cut.append(images.patches(image, IMAGES))
+                places.append(images.coordinates(grid, IMAGES))
+                sizes.append(len(cut[-1]))
                 seen[id(image)] = (row, grid)
-                row += len(pixels) // MERGE**2
+                row += images.tokens(grid, IMAGES)
         shown = [seen[id(image)] for image in item.images]
-        new, answer, where = _prompt(item, [grid for _, grid in shown])
+        new, answer, at_positions = _prompt(item, [grid for _, grid in shown])
         shown_at.append(starts[-1] + np.flatnonzero(np.array(new) == pad))
-        shown_row += [np.arange(first, first + r * c // MERGE**2) for first, (r, c) in shown]
+        shown_row += [np.arange(first, first + images.tokens(grid, IMAGES)) for first, grid in shown]
         end = starts[-1] + len(new)
         at.append(np.arange(end - len(answer) - 1, end - 1))
         labels += answer
         owner += [number] * len(answer)
         ids += new
-        positions.append(where)
+        where.append(at_positions)
         starts.append(end)
-    none = [np.zeros((0, 3 * PATCH * PATCH), np.uint8)], [np.zeros((0, 4), np.int16)]
+    none = [np.zeros((0, 3 * IMAGES.patch**2), np.uint8)], [np.zeros((4, 0), np.int32)]
     arrays = {
-        "patches": np.concatenate(cut or none[0]), "places": np.concatenate(places or none[1]),
+        "patches": np.concatenate(cut or none[0]), "places": np.concatenate(places or none[1], 1),
         "vision_starts": np.cumsum(sizes), "ids": ids,
         "shown_at": np.concatenate(shown_at), "shown_row": np.concatenate(shown_row or [np.arange(0)]),
-        "positions": np.concatenate(positions, 1), "starts": starts, "at": np.concatenate(at), "labels": labels,
+        "positions": np.concatenate(where, 1), "starts": starts, "at": np.concatenate(at), "labels": labels,
         "owner": owner,
     }  # fmt: skip
     small = {"patches": torch.uint8, "places": torch.int16, "positions": torch.int16, "starts": torch.int32,

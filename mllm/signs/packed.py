@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen3VLForConditionalGeneration
 
+from mllm.kernels import rotary
+from mllm.kernels.rotary import rotate
 from mllm.signs.data import Batch
 
 
@@ -33,11 +35,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, *, cau
     return torch.cat(mixed, 1).transpose(0, 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    one, two = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat((-two, one), -1) * sin).to(x.dtype)
-
-
 # The parts between attentions, as functions of the weights' modules, so that they can be compiled one by one ---------
 
 
@@ -50,7 +47,7 @@ def _patches(proj: Any, patches: Tensor, noise: float) -> Tensor:
 
 
 def _vision_in(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, -1, cos.shape[-1])).unbind(1)
+    q, k, v = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, -1, 2 * cos.shape[-1])).unbind(1)
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()
 
 
@@ -60,7 +57,7 @@ def _vision_out(block: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _text_in(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, own, size = layer.input_layernorm(hidden), layer.self_attn, cos.shape[-1]
+    x, own, size = layer.input_layernorm(hidden), layer.self_attn, 2 * cos.shape[-1]
     v = own.v_proj(x).unflatten(-1, (-1, size))
     q = rotate(own.q_norm(own.q_proj(x).unflatten(-1, (-1, size))), cos, sin).to(v.dtype)
     k = rotate(own.k_norm(own.k_proj(x).unflatten(-1, (-1, size))), cos, sin).to(v.dtype)
@@ -96,12 +93,11 @@ def encode(model: Qwen3VLForConditionalGeneration, batch: Batch, noise: float = 
     if not len(batch["patches"]):
         return [batch["patches"].new_zeros(0, config.out_hidden_size, dtype=torch.float32)]
     hidden = part("patches")(visual.patch_embed.proj, batch["patches"], noise)
-    row, column, rows, columns = batch["places"].float().unbind(1)
+    row, column, rows, columns = batch["places"].float()
     hidden = hidden + _position_grid(visual.pos_embed.weight, row / (rows - 1), column / (columns - 1))
     size = config.hidden_size // config.num_heads
-    step = 1.0 / 10_000 ** (torch.arange(0, size // 2, 2, device=row.device) / (size // 2))
-    angles = torch.cat([row[:, None] * step, column[:, None] * step], 1).repeat(1, 2)[:, None]
-    cos, sin, longest = angles.cos(), angles.sin(), int(batch["longest"][0])
+    cos, sin = rotary.axial(batch["places"][:2], head_dim=size, theta=10_000.0)
+    longest = int(batch["longest"][0])
     taps = []
     for number, block in enumerate(visual.blocks):
         q, k, v = part("vision in")(block, hidden, cos, sin)
@@ -130,7 +126,10 @@ def decode(model: Qwen3VLForConditionalGeneration, batch: Batch, features: list[
         starts = batch["starts"]
         first = torch.repeat_interleave(starts[:-1], starts.diff())
         positions = (torch.arange(len(first), device=first.device) - first).expand(3, -1)
-    cos, sin = _mrope(config, positions.float())
+    rope = config.rope_parameters
+    cos, sin = rotary.mrope(
+        positions, head_dim=config.head_dim, theta=rope["rope_theta"], sections=rope["mrope_section"]
+    )
     longest = int(batch["longest"][1])
     for number, layer in enumerate(text.layers):
         q, k, v = part("text in")(layer, hidden, cos, sin)
@@ -139,18 +138,6 @@ def decode(model: Qwen3VLForConditionalGeneration, batch: Batch, features: list[
         if taps and number + 1 < len(features):
             hidden = hidden.index_add(0, at, features[number + 1].index_select(0, row).float())
     return model.lm_head(text.norm(hidden[batch["at"]]))
-
-
-def _mrope(config: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of interleaved M-RoPE, [tokens, 1, head size], from positions [3, tokens]."""
-    rope, size = config.rope_parameters, config.head_dim
-    step = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, device=positions.device) / size)
-    axis = torch.zeros(size // 2, dtype=torch.long)
-    for number in (1, 2):
-        axis[number : rope["mrope_section"][number] * 3 : 3] = number
-    angles = positions.T[:, axis.to(positions.device)] * step
-    angles = angles.repeat(1, 2)[:, None]
-    return angles.cos(), angles.sin()
 
 
 def right_answers(model: Qwen3VLForConditionalGeneration, batch: Batch, **ablation: bool) -> Tensor:

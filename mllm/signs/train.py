@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from mllm.signs import packed, tokens
-from mllm.signs.data import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, Batch, HeldOut, Stream
+from mllm.signs.data import IMAGES, Batch, HeldOut, Stream
 from mllm.signs.pictures import KINDS
 
 VOCABULARY = 704  # 700 tokens, rounded up to a multiple of 64
@@ -48,8 +48,8 @@ def config() -> Qwen3VLConfig:
         },
     }  # fmt: skip
     vision = {
-        "depth": 7, "hidden_size": 160, "intermediate_size": 640, "num_heads": 5, "patch_size": PATCH,
-        "spatial_merge_size": MERGE, "temporal_patch_size": 2, "out_hidden_size": 256,
+        "depth": 7, "hidden_size": 160, "intermediate_size": 640, "num_heads": 5, "patch_size": IMAGES.patch,
+        "spatial_merge_size": IMAGES.merge, "temporal_patch_size": 2, "out_hidden_size": 256,
         "num_position_embeddings": 256, "deepstack_visual_indexes": [1, 3, 5],
     }  # fmt: skip
     return Qwen3VLConfig(
@@ -168,10 +168,11 @@ def save(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     half.to(torch.bfloat16).save_pretrained(folder)
     tokens.save(folder)
     processor = {
-        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": PATCH, "temporal_patch_size": 2,
-        "merge_size": MERGE, "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}, "do_resize": True,
-        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True,
+        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": IMAGES.patch, "temporal_patch_size": 2,
+        "merge_size": IMAGES.merge, "do_resize": True, "resample": 3,
+        "size": {"shortest_edge": IMAGES.min_pixels, "longest_edge": IMAGES.max_pixels}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3, "do_convert_rgb": True,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     shutil.rmtree(whole, ignore_errors=True)
