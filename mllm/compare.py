@@ -45,6 +45,7 @@ class Comparison:
     missing: tuple[str, ...]
     added: tuple[str, ...]
     hardware: tuple[str, str]
+    models: tuple[str, str]
 
     def slower(self, threshold: float) -> tuple[Change, ...]:
         """The cases whose median grew by more than `threshold` (0.05 is 5 %) and by more than their spread."""
@@ -101,6 +102,12 @@ def hardware(data: dict[str, Any]) -> str:
     return str(gpu or machine.get("cpu", {}).get("brand_raw") or machine.get("machine"))
 
 
+def models(data: dict[str, Any]) -> str:
+    """The models that were measured, with their dtypes."""
+    found = {(case["extra_info"].get("model"), case["extra_info"].get("dtype")) for case in data["benchmarks"]}
+    return ", ".join(sorted(f"{model} in {dtype}" for model, dtype in found if model))
+
+
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """Match the cases of two files by name."""
     before, after = cases(old), cases(new)
@@ -114,6 +121,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         missing=tuple(sorted(before.keys() - after.keys())),
         added=tuple(sorted(after.keys() - before.keys())),
         hardware=(hardware(old), hardware(new)),
+        models=(models(old), models(new)),
     )
 
 
@@ -152,6 +160,8 @@ def problems(found: Comparison, threshold: float, *, allow_new: bool = False) ->
     wrong = []
     if found.hardware[0] != found.hardware[1]:
         wrong.append(f"measured on different hardware: {found.hardware[0]} and {found.hardware[1]}")
+    if found.models[0] != found.models[1]:
+        wrong.append(f"measured with different models: {found.models[0] or 'none'} and {found.models[1] or 'none'}")
     if not found.changes:
         wrong.append("no case is in both files")
     if found.missing:

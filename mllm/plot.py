@@ -32,6 +32,9 @@ TABLES = (
     ("multimodal_prefill", "Picture and prompt together, by length in tokens", "input_len"),
 )
 
+OTHERS = {"test_vit_image": ", a picture"}
+"""Functions whose cases may lie at the places of others, and what tells their lines apart."""
+
 
 @frozen
 class Drawing:
@@ -67,8 +70,11 @@ def plot(data: dict[str, Any], into: Path) -> list[Path]:
 
 
 def read_cases(data: dict[str, Any]) -> list[Case]:
-    """What the cases of a result file say, and the stage of each."""
-    return [{**case["extra_info"], "group": case["group"]} for case in data["benchmarks"]]
+    """What the cases of a result file say, the stage of each, and the function that measured it."""
+    return [
+        {**case["extra_info"], "group": case["group"], "test": name.rpartition("::")[2].partition("[")[0]}
+        for name, case in compare.cases(data).items()
+    ]
 
 
 def _pyplot() -> Any:
@@ -100,6 +106,7 @@ def _lines(cases: list[Case], group: str, along: str, value: Callable[[Case], An
     for case in mine:
         mode = "" if "captured" not in case else ", captured" if case["captured"] else ", eager"
         mode += f", {case['output_len']} new" if len(lengths) > 1 else ""
+        mode += OTHERS.get(case["test"], "")
         found[case[other], mode].append((case[along], value(case)))
     return {
         f"{count:,} {word[:-1] if count == 1 else word}{mode}": sorted(points)
@@ -240,7 +247,7 @@ def _table(lines: Lines) -> str:
     """One row a line, one column a place on it."""
     columns = sorted({x for points in lines.values() for x, _ in points})
     rows = [["", *(f"{x:,g}" for x in columns)], ["---", *("---:" for _ in columns)]]
-    rows += [[name, *(str(dict(points).get(x, "")) for x in columns)] for name, points in lines.items()]
+    rows += [[name, *(" / ".join(v for at, v in points if at == x) for x in columns)] for name, points in lines.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

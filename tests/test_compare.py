@@ -85,6 +85,15 @@ def test_results_of_other_hardware_are_not_compared(tmp_path: Path) -> None:
     assert _compare(tmp_path, old, new) == 1
 
 
+def test_results_of_other_models_or_dtypes_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = _results(a=0.010), _results(a=0.010)
+    for data, dtype in ((old, "float32"), (new, "bfloat16")):
+        data["benchmarks"][0]["extra_info"] |= {"model": "signs", "dtype": dtype}
+    assert _compare(tmp_path, old, new) == 1
+    assert "different models: signs in float32 and signs in bfloat16" in capsys.readouterr().err
+    assert _compare(tmp_path, new, new) == 0
+
+
 def test_the_folder_that_pytest_was_started_in_does_not_matter(tmp_path: Path) -> None:
     old, new = _results(a=0.010), _results(a=0.010)
     new["benchmarks"][0]["fullname"] = "test_decode.py::test_decode[a]"

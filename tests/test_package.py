@@ -263,6 +263,39 @@ def test_the_front_page_says_where_every_module_is() -> None:
     assert named == {Path(name).name for name in modules} | {"mllm_cli.py"}
 
 
+def test_a_file_imports_only_those_above_it_on_the_front_page_or_beside_it() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Finding your way")[2]
+    rows = [
+        re.findall(r"`[\w/]*?(\w+(?:\.py|/))`", line.split("|")[1])
+        for line in table.splitlines()
+        if line.startswith("| `")
+    ]
+    places = {name: place for place, row in enumerate(rows) for name in row}
+
+    def place(name: str) -> int | None:
+        """Of a module of TREES; stages/ and signs/ have one each."""
+        return places.get(f"{Path(name).parts[0]}/", places.get(Path(name).name))
+
+    seen = 0
+    for name, tree in TREES.items():
+        for other in imported(tree):
+            above, own = place(other), place(name)
+            if above is not None and own is not None:
+                seen += 1
+                assert above <= own, f"{name} imports {other}"
+    assert seen > 300
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The modules of this package that a module imports, as TREES has them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mllm"):
+            folder = str(node.module).replace(".", "/").removeprefix("mllm").removeprefix("/")
+            for alias in node.names:
+                wanted = (f"{folder}/{alias.name}.py".removeprefix("/"), f"{folder}.py", f"{folder}/__init__.py")
+                yield from [name for name in wanted if name in TREES][:1]
+
+
 def test_every_size_letter_of_a_declaration_is_in_the_legend() -> None:
     used = {
         dim.rstrip("+-1")
