@@ -291,19 +291,19 @@ SHAPES_OF_PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("ending", ["other", "sum", "gate", "turn", "heads"])
+@pytest.mark.parametrize("epilogue", ["other", "sum", "gate", "turn", "heads"])
 @pytest.mark.parametrize("shape", SHAPES_OF_PRODUCTS, ids=str)
-def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, int], ending: str) -> None:
+def test_a_tile_fits_the_chip_and_its_parts_the_inputs(shape: tuple[int, int, int], epilogue: str) -> None:
     from mllm.kernels.tall_tiles import tile_for
 
     rows, outputs, inputs = shape
-    tile = tile_for(ending, rows, outputs, inputs)
-    columns = tile.columns * (2 if ending == "gate" else 1)
+    tile = tile_for(epilogue, rows, outputs, inputs)
+    columns = tile.columns * (2 if epilogue == "gate" else 1)
     assert tile.stages * (tile.rows + columns) * 64 * 2 < 227 * 1024
-    assert columns <= (288 if ending in ("other", "turn") else 256)  # most of a group's registers are sums
+    assert columns <= (288 if epilogue in ("other", "turn") else 256)  # most of a group's registers are sums
     assert inputs > -(-inputs // (64 * tile.parts)) * 64 * (tile.parts - 1)  # no part is empty
-    assert ending == "sum" or tile.parts == 1
-    assert ending != "heads" or len(tile.outputs) == 1
+    assert epilogue == "sum" or tile.parts == 1
+    assert epilogue != "heads" or len(tile.outputs) == 1
     assert math.prod(tile.grid(rows, outputs)) * tile.rows * tile.columns >= rows * outputs * tile.parts
 
 
@@ -374,7 +374,7 @@ def test_a_norm_is_done_by_the_products_around_it_where_no_number_overflows(
     monkeypatch.setattr(tall, "measured", lambda *_, **__: (x, "by the products, layer norm"))
     monkeypatch.setattr(products, "added", lambda *_, **__: x)
     monkeypatch.setattr(products, "add_norm", lambda *_, **__: (x, "by itself"))
-    run = functools.partial(products.normed, weight=weight, eps=1e-6, product=lambda x, _: x, ending="gate", pdl=True)
+    run = functools.partial(products.normed, weight=weight, eps=1e-6, product=lambda x, _: x, epilogue="gate", pdl=True)
     stream = products.Unadded(y, into, x)
     assert run(stream, norm)[1] == ("by the products" if dtype == torch.bfloat16 else "by itself")
     assert run(stream._replace(bias=norm), None)[1] == "by the products, layer norm"

@@ -158,12 +158,12 @@ def _products() -> dict[str, Callable[..., Any]]:
 
 
 def _around(
-    linear: Product, gated: Product, added: Product, *, pdl: bool, ending: str = "other"
+    linear: Product, gated: Product, added: Product, *, pdl: bool, epilogue: str = "other"
 ) -> dict[str, Callable[..., Any]]:
     """The ops of a layer's products, and of the norms before them; `ending`: how `linear` ends in a chain."""
     return {
-        "norm_linear": partial(products.normed, product=linear, ending=ending, pdl=pdl),
-        "norm_gate": partial(products.normed, product=gated, ending="gate", pdl=pdl),
+        "norm_linear": partial(products.normed, product=linear, epilogue=epilogue, pdl=pdl),
+        "norm_gate": partial(products.normed, product=gated, epilogue="gate", pdl=pdl),
         "linear_add": added,
     }
 
@@ -172,7 +172,7 @@ def _chained(*, unmade: bool = False) -> dict[str, Callable[..., Any]]:
     """The same in a chain on Hopper; `unmade`: queries, keys and values are made by attention."""
     linear = products.Unmade if unmade else partial(products.linear, pdl=True)
     gated = partial(products.gated, pdl=True)
-    return _around(linear, gated, products.Unadded, pdl=True, ending="heads" if unmade else "other")
+    return _around(linear, gated, products.Unadded, pdl=True, epilogue="heads" if unmade else "other")
 
 
 def _ending(many: dict[str, Callable[..., Any]], *, hopper: bool, pdl: bool) -> dict[str, Callable[..., Any]]:

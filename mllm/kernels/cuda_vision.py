@@ -66,8 +66,8 @@ def patch_embed(
 @lru_cache(maxsize=1024)  # as in `rope.frequencies`
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(byte / 255 - mean) / std as byte * scale + shift, f32 [channels] each."""
-    spread = torch.tensor(std, dtype=torch.float64)
-    scale, shift = 1 / (255 * spread), -torch.tensor(mean, dtype=torch.float64) / spread
+    middle, spread = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (mean, std))
+    scale, shift = 1 / (255 * spread), -middle / spread
     return scale.float().to(device), shift.float().to(device)
 
 
@@ -81,7 +81,7 @@ def vision_plan(batch: PatchBatch, *, config: VisionConfig, captured: bool, pdl:
 
 def layer_norm_linear(x: Stream | products.Unadded, weight: Tensor, bias: Tensor, *, pdl: bool) -> tuple[Tensor, Qkv]:
     product = partial(products.Unmade, bias=bias) if pdl else partial(products.linear, bias=bias, pdl=False)
-    return products.normed(x, None, weight, eps=EPS, product=product, ending="turn", pdl=pdl)
+    return products.normed(x, None, weight, eps=EPS, product=product, epilogue="turn", pdl=pdl)
 
 
 def attend_images(qkv: Tensor | products.Unmade, plan: VisionPlan, *, wide: bool, hopper: bool) -> Tensor:
@@ -116,4 +116,4 @@ def linear_bias_add(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *, pdl: 
 
 def layer_norm_gelu(x: Stream | products.Unadded, weight: Tensor, bias: Tensor, *, pdl: bool) -> tuple[Tensor, Tensor]:
     product = partial(products.linear, bias=bias, gelu="tanh", pdl=pdl)
-    return products.normed(x, None, weight, eps=EPS, product=product, ending="other", pdl=pdl)
+    return products.normed(x, None, weight, eps=EPS, product=product, epilogue="other", pdl=pdl)

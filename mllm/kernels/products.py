@@ -46,7 +46,7 @@ class Unadded(NamedTuple):
 
 
 def normed(
-    stream: Stream | Unadded, norm: Tensor | None, weight: Tensor, *, eps: float, product: Callable[..., Any], ending: str,
+    stream: Stream | Unadded, norm: Tensor | None, weight: Tensor, *, eps: float, product: Callable[..., Any], epilogue: str,
     pdl: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """(the stream with nothing pending, a product of its norm, with what follows that); the norm is RMSNorm, or layer norm
@@ -54,13 +54,13 @@ def normed(
     them."""
     if isinstance(stream, Unadded):
         y, into, x, bias = stream
-        outputs = len(weight) // 2 if ending == "gate" else len(weight)
-        if _parts(y, into) == 1 and pays(ending, x, outputs, normed=True):
+        outputs = len(weight) // 2 if epilogue == "gate" else len(weight)
+        if _parts(y, into) == 1 and pays(epilogue, x, outputs, normed=True):
             if norm is None and bias is not None:
                 total, unnormed = tall.measured(y, into, x, bias, eps=eps, pdl=True)
                 return total, product(unnormed, weight)
             # times its weight, and not yet over its norm, the stream could be more than float16 holds
-            if norm is not None and x.dtype == torch.bfloat16 and (ending == "gate" or len(x) > LEAST):
+            if norm is not None and x.dtype == torch.bfloat16 and (epilogue == "gate" or len(x) > LEAST):
                 total, unnormed = tall.scaled(y, into, x, norm, eps=eps, pdl=True)
                 return total, product(unnormed, weight)
         stream = stream.made()

@@ -35,7 +35,7 @@ class Unnormed(NamedTuple):
 
 
 def _launch(
-    x: Tensor | Unnormed, weight: Tensor, y: Tensor, ending: str, end: tuple[Any, ...] = (), *, tile: Tile, pdl: bool,
+    x: Tensor | Unnormed, weight: Tensor, y: Tensor, epilogue: str, operands: tuple[Any, ...] = (), *, tile: Tile, pdl: bool,
     apart: bool = False, size: int = 0,
 ) -> Tensor:  # fmt: skip
     """`y`, filled. `apart`: x [n M K], weight [n N K] and y [n M N] are of n products, as many as the tile has parts;
@@ -47,7 +47,7 @@ def _launch(
         norm = (squares, len(squares), eps) if sums is None else (squares, len(squares), eps, sums)
         measures = max(2, triton.next_power_of_2(len(squares)))
     rows, inputs = x.shape[-2:]
-    outputs = weight.shape[-2] // 2 if ending == "gate" else weight.shape[-2]
+    outputs = weight.shape[-2] // 2 if epilogue == "gate" else weight.shape[-2]
     between = x.stride(0) // inputs if apart else 0
     if apart:
         x, weight = x.as_strided((len(x) * between, inputs), (inputs, 1)), weight.flatten(0, 1)
@@ -55,13 +55,13 @@ def _launch(
     grid = down, across, parts = tile.grid(rows, outputs)
     once = tile.turns(rows, outputs) == 1
     # a program that leaves registers lets the next kernel's start beside it; one of wide tiles or many measures needs them
-    lean = tile.columns <= 64 and ending != "gate" and measures <= 16
+    lean = tile.columns <= 64 and epilogue != "gate" and measures <= 16
     # of a part; beyond the last there are zeros
     each = inputs if parts == 1 or apart else triton.cdiv(inputs, parts * INPUTS) * INPUTS
     work = 1 if once else math.prod(grid), down, across, outputs, each, between, y.stride(0) if parts > 1 else 0
     tall_kernel[grid if once else (MULTIPROCESSORS,)](
-        descriptor(x, tile.rows, INPUTS), pieces[0], pieces[-1], y, end, norm, work, rows, REST=sum(tile.outputs[1:]),
-        END=ending, SIZE=size, NORM=measures, GROUPS=tile.groups, STAGES=tile.stages, REGISTERS=104 if lean else 232,
+        descriptor(x, tile.rows, INPUTS), pieces[0], pieces[-1], y, operands, norm, work, rows, REST=sum(tile.outputs[1:]),
+        EPILOGUE=epilogue, SIZE=size, NORM=measures, GROUPS=tile.groups, STAGES=tile.stages, REGISTERS=104 if lean else 232,
         ONCE=once, APART=apart, num_warps=4, **options(pdl), **({"maxnreg": 80} if lean else {}),
     )  # fmt: skip
     return y
@@ -72,11 +72,11 @@ def tensor_of(x: Tensor | Unnormed) -> Tensor:
     return x.x if isinstance(x, Unnormed) else x
 
 
-def _tile(x: Tensor | Unnormed, weight: Tensor, ending: str, *, whole: bool = False) -> Tile:
-    """The tile; `whole`: in one part, since programs that make parts of a sum cannot end it."""
+def _tile(x: Tensor | Unnormed, weight: Tensor, epilogue: str, *, whole: bool = False) -> Tile:
+    """The tile; `whole`: in one part, since programs that make parts of a sum have no epilogue."""
     rows, inputs = tensor_of(x).shape
-    outputs = len(weight) // 2 if ending == "gate" else len(weight)
-    tile = tile_for(ending, rows, outputs, inputs)
+    outputs = len(weight) // 2 if epilogue == "gate" else len(weight)
+    tile = tile_for(epilogue, rows, outputs, inputs)
     return tile._replace(parts=1) if whole else tile
 
 
@@ -84,10 +84,10 @@ def linear(
     x: Tensor | Unnormed, weight: Tensor, bias: Tensor | None = None, *, gelu: str = "", pdl: bool = False
 ) -> Tensor:
     """x [M K] @ weight [N K].T + bias: [M N]; `gelu`: the "tanh" form of GELU of it, or "none" of its approximations."""
-    ending = "plain" if bias is None else f"gelu_{gelu}" if gelu else "bias"
+    epilogue = "plain" if bias is None else f"gelu_{gelu}" if gelu else "bias"
     rows = tensor_of(x)
     y = empty_rows(rows, len(rows), len(weight))
-    return _launch(x, weight, y, ending, () if bias is None else (bias,), tile=_tile(x, weight, "other"), pdl=pdl)
+    return _launch(x, weight, y, epilogue, () if bias is None else (bias,), tile=_tile(x, weight, "other"), pdl=pdl)
 
 
 def linears(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, gelu: str = "", pdl: bool = False) -> Tensor:
@@ -101,8 +101,8 @@ def linears(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, gelu: str = "
 def added(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
     """y + x [M K] @ weight [N K].T + bias: [M N]."""
     total = empty_rows(x, len(x), len(weight))
-    ending, end = ("add", (y,)) if bias is None else ("bias_add", (bias, y))
-    return _launch(x, weight, total, ending, end, tile=_tile(x, weight, "sum", whole=True), pdl=pdl)
+    epilogue, operands = ("add", (y,)) if bias is None else ("bias_add", (bias, y))
+    return _launch(x, weight, total, epilogue, operands, tile=_tile(x, weight, "sum", whole=True), pdl=pdl)
 
 
 def split(x: Tensor, weight: Tensor, *, pdl: bool = False) -> Tensor:
@@ -155,8 +155,8 @@ def turned(
     heads = len(weight) // (3 * size)
     rows = tensor_of(x)
     y = empty_rows(rows, len(rows), 3, heads, size)
-    end = (bias, cos, sin, scale, heads)
-    return _launch(x, weight, y, "turn", end, tile=_tile(x, weight, "turn"), pdl=pdl, size=size)
+    operands = (bias, cos, sin, scale, heads)
+    return _launch(x, weight, y, "turn", operands, tile=_tile(x, weight, "turn"), pdl=pdl, size=size)
 
 
 def written(
@@ -166,7 +166,7 @@ def written(
     """As `rope.rotate_write` of x [T K] @ weight [C K].T, with heads of 128: q [T H 128]."""
     kv_heads = keys.shape[2]
     heads = len(weight) // HEAD - 2 * kv_heads
-    end = (q_norm, k_norm, cos, sin, slots, keys, values, scale, eps, heads, kv_heads)
+    operands = (q_norm, k_norm, cos, sin, slots, keys, values, scale, eps, heads, kv_heads)
     rows = tensor_of(x)
     q = empty_rows(rows, len(rows), heads, HEAD)
-    return _launch(x, weight, q, "heads", end, tile=_tile(x, weight, "heads"), pdl=pdl)
+    return _launch(x, weight, q, "heads", operands, tile=_tile(x, weight, "heads"), pdl=pdl)

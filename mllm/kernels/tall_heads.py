@@ -61,10 +61,10 @@ def _place(a, n0, WHOLE: gl.constexpr, RUNS: gl.constexpr):
 
 
 @gluon.jit
-def angles_of(acc, end, m, n0, M, SIZE: gl.constexpr):
-    """(cos, sin) [64 runs n] of the pairs of acc [64 BN], laid out `as_turned`, whose columns begin at n0, from `end`, as
-    `turned` has it: of whole heads [64 1 n], of the first for all. Where that is one of values they have no angle."""
-    _, cos, sin, _, H = end
+def angles_of(acc, operands, m, n0, M, SIZE: gl.constexpr):
+    """(cos, sin) [64 runs n] of the pairs of acc [64 BN], laid out `as_turned`, whose columns begin at n0, from `operands`
+    as `turned` has them: of whole heads [64 1 n], of the first for all. Where that is one of values they have no angle."""
+    _, cos, sin, _, H = operands
     HALF: gl.constexpr = SIZE // 2
     WHOLE: gl.constexpr = whole(acc.shape[1], SIZE)
     a, _ = _pairs(acc, SIZE)
@@ -78,14 +78,14 @@ def angles_of(acc, end, m, n0, M, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def turned(acc, angles, end, m, n0, M, SIZE: gl.constexpr):
+def turned(acc, angles, operands, m, n0, M, SIZE: gl.constexpr):
     """acc [64 BN], laid out `as_turned`, rotated by heads of SIZE, whose first H are queries, times scale, the next H keys,
-    and the others left alone; end: (bias, cos, sin f32 [M SIZE/2], scale, H)."""
-    _, _, _, scale, H = end
+    and the others left alone; operands: (bias, cos, sin f32 [M SIZE/2], scale, H)."""
+    _, _, _, scale, H = operands
     HALF: gl.constexpr = SIZE // 2
     a, b = _pairs(acc, SIZE)
     if len(angles) == 0:
-        c, s = angles_of(acc, end, m, n0, M, SIZE)
+        c, s = angles_of(acc, operands, m, n0, M, SIZE)
     else:
         c, s = angles
     pair, _ = _place(a, n0, whole(acc.shape[1], SIZE), a.shape[1])
@@ -96,22 +96,22 @@ def turned(acc, angles, end, m, n0, M, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def write_heads(acc, coming, q, end, m, n0, M, dtype: gl.constexpr):
+def write_heads(acc, coming, q, operands, m, n0, M, dtype: gl.constexpr):
     """acc [64 BN], one head or two, the first of which begins at column n0; coming: what `around` and `slots_of` have of the
     one, or nothing."""
     if acc.shape[1] > HEAD:
         first, second = halves(acc)
-        _write_head(first, coming, q, end, m, n0 // HEAD, M, dtype)
-        _write_head(second, coming, q, end, m, n0 // HEAD + 1, M, dtype)
+        _write_head(first, coming, q, operands, m, n0 // HEAD, M, dtype)
+        _write_head(second, coming, q, operands, m, n0 // HEAD + 1, M, dtype)
     else:
-        _write_head(acc, coming, q, end, m, n0 // HEAD, M, dtype)
+        _write_head(acc, coming, q, operands, m, n0 // HEAD, M, dtype)
 
 
 @gluon.jit
-def around(acc, end, m, h, M):
+def around(acc, operands, m, h, M):
     """What acc [64 D], head h of 64 tokens, is normalised and rotated by: the norm's weight in halves [D/2], and cos and
     sin [64 D/2]."""
-    q_norm, k_norm, cos, sin, _, _, _, _, _, H, _ = end
+    q_norm, k_norm, cos, sin, _, _, _, _, _, H, _ = operands
     HALF: gl.constexpr = acc.shape[1] // 2
     a, _ = halves(acc)
     layout: gl.constexpr = a.type.layout
@@ -127,26 +127,26 @@ def around(acc, end, m, h, M):
 
 
 @gluon.jit
-def slots_of(acc, end, m, M):
+def slots_of(acc, operands, m, M):
     """Where the keys and values of 64 tokens go [64]."""
     r = m + gl.arange(0, 64, gl.SliceLayout(1, lines(acc.shape[1])))
-    return gl.load(end[4] + r, mask=r < M, other=0)
+    return gl.load(operands[4] + r, mask=r < M, other=0)
 
 
 @gluon.jit
-def _write_head(acc, coming, q, end, m, h, M, dtype: gl.constexpr):
+def _write_head(acc, coming, q, operands, m, h, M, dtype: gl.constexpr):
     """acc [64 D], head h of 64 tokens. One of the first H is a query: normalised, rotated and scaled it goes to q [M H D].
     The next K are keys, normalised and rotated, and the others values; they go to slots [M] of their pools [slots K D].
 
-    end: (q_norm, k_norm, cos, sin f32 [M D/2], slots, keys, values, scale, eps, H, K).
+    operands: (q_norm, k_norm, cos, sin f32 [M D/2], slots, keys, values, scale, eps, H, K).
     """
-    _, _, _, _, _, keys, values, scale, eps, H, K = end
+    _, _, _, _, _, keys, values, scale, eps, H, K = operands
     D: gl.constexpr = acc.shape[1]
     if h < H + K:
         a, b = halves(acc)
         factor = gl.rsqrt(gl.sum(a * a + b * b, 1) / D + eps)[:, None]
         if len(coming) == 0:
-            a_norm, b_norm, c, s = around(acc, end, m, h, M)
+            a_norm, b_norm, c, s = around(acc, operands, m, h, M)
         else:
             a_norm, b_norm, c, s = coming[0]
         a *= factor * a_norm.to(gl.float32)[None, :]
@@ -158,7 +158,7 @@ def _write_head(acc, coming, q, end, m, h, M, dtype: gl.constexpr):
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     inside = (r < M)[:, None] & (h < H + 2 * K)  # a piece of two heads may begin with the last
     if len(coming) == 0:
-        slot = slots_of(acc, end, m, M)
+        slot = slots_of(acc, operands, m, M)
     else:
         slot = coming[1]
     at = (slot * K + (h - H) % K)[:, None] * D + d[None, :]

@@ -1,5 +1,5 @@
 """The kernel of `tall`. A warp copies tiles of both factors into a ring in shared memory; one or two groups of four warps
-take 64 rows of the product each, and end it as `tall_ends` has it."""
+take 64 rows of the product each, to the end of its epilogue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from mllm.kernels.hopper import copy, finished, new_barriers
 from mllm.kernels.pdl import launch_dependents, wait
-from mllm.kernels.tall_ends import begin, biases_of, finish, meanwhile, measures_of, normalised, waits
+from mllm.kernels.tall_epilogue import begin, biases_of, finish, meanwhile, measures_of, normalised, waits
 
 BAND = gl.constexpr(16)
 """Tiles of rows that are made together."""
@@ -124,16 +124,16 @@ def _produce(copies, work, ONCE: gl.constexpr, APART: gl.constexpr, PDL: gl.cons
 
 @gluon.jit
 def _consume(
-    task, work, group: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr, NORM: gl.constexpr, ONCE: gl.constexpr,
+    task, work, group: gl.constexpr, EPILOGUE: gl.constexpr, SIZE: gl.constexpr, NORM: gl.constexpr, ONCE: gl.constexpr,
     APART: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 rows of the product, and what follows it."""
-    boxes, x, ws, full, free, y, ending, norm, M = task
+    boxes, x, ws, full, free, y, operands, norm, M = task
     _, _, _, N, KS, _, YS = work
     STAGES: gl.constexpr = x.shape[0]
     BM: gl.constexpr = x.shape[1]
     BN: gl.constexpr = _columns(boxes)
-    if waits(END) or NORM > 0:
+    if waits(EPILOGUE) or NORM > 0:
         wait(PDL)
     step = 0
     first, end, by = _tiles(work, ONCE)
@@ -141,14 +141,14 @@ def _consume(
         m0, n0, part = _place(t, work, BM, BN, ONCE)
         firsts = _firsts(boxes, n0)
         if APART:
-            its = (ending[0] + part * N,)  # a bias
+            its = (operands[0] + part * N,)  # a bias
         else:
-            its = ending
-        accs = begin(ws, its, m0 + 64 * group, firsts, M, N, END, NORM)
-        coming = meanwhile(accs, its, m0 + 64 * group, firsts, M, N, END, SIZE)
+            its = operands
+        accs = begin(ws, its, m0 + 64 * group, firsts, M, N, EPILOGUE, NORM)
+        coming = meanwhile(accs, its, m0 + 64 * group, firsts, M, N, EPILOGUE, SIZE)
         if NORM > 0:
             measures = measures_of(norm, m0 + 64 * group, M, NORM)
-            biases = biases_of(ws, its, firsts, N, END)
+            biases = biases_of(ws, its, firsts, N, EPILOGUE)
         for i in range(gl.cdiv(KS, x.shape[2])):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -163,27 +163,27 @@ def _consume(
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
         if NORM > 0:
             accs = normalised(accs, measures, biases, norm, KS)
-        finish(accs, coming, y + part.to(gl.int64) * YS, its, m0 + 64 * group, firsts, M, N, x.dtype, END, SIZE)
+        finish(accs, coming, y + part.to(gl.int64) * YS, its, m0 + 64 * group, firsts, M, N, x.dtype, EPILOGUE, SIZE)
 
 
 @gluon.jit
 def tall_kernel(
-    x_box, w_box, w_rest_box, y, end, norm, work, M, REST: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr,
+    x_box, w_box, w_rest_box, y, operands, norm, work, M, REST: gl.constexpr, EPILOGUE: gl.constexpr, SIZE: gl.constexpr,
     NORM: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ONCE: gl.constexpr,
     APART: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """y [parts M N] of x [M K] and w [N K], ended as END has it (`tall_ends.finish`); for "gate" w [2N K] is gate over up.
+    """y [parts M N] of x [M K] and w [N K] after EPILOGUE (`tall_epilogue.finish`); for "gate" w [2N K] is gate over up.
 
     work: (total, MT, NT, N, KS, MX, YS), for KS inputs a part, each of MT by NT tiles, and YS numbers from that of the part
     before. SIZE: of the heads to "turn". APART: each part is a product of its own, of the next MX rows of x, N of w and N of
     a bias. ONCE: a program makes one tile; else all are shared out, and the next is copied while one is ended. NORM: 0, or
-    where x is `Unnormed` the power of two that is enough for a row's sums in `norm`, as `tall_ends.measures_of` has it.
+    where x is `Unnormed` the power of two that is enough for a row's sums in `norm`, as `tall_epilogue.measures_of` has it.
     """
     launch_dependents(PDL)
     BM: gl.constexpr = x_box.block_shape[0]
     BK: gl.constexpr = x_box.block_shape[1]
     W: gl.constexpr = w_box.block_shape[0]
-    TURNS: gl.constexpr = 2 if END == "gate" else 1
+    TURNS: gl.constexpr = 2 if EPILOGUE == "gate" else 1
     dtype: gl.constexpr = x_box.dtype
     x = gl.allocate_shared_memory(dtype, [STAGES, BM, BK], x_box.layout)
     boxes, ws = (w_box,), (gl.allocate_shared_memory(dtype, [STAGES, TURNS * W, BK], w_box.layout),)
@@ -191,16 +191,16 @@ def tall_kernel(
         boxes += (w_rest_box,)
         ws += (gl.allocate_shared_memory(dtype, [STAGES, TURNS * REST, BK], w_rest_box.layout),)
     full, free = new_barriers(STAGES, 1), new_barriers(STAGES, GROUPS)
-    task = (boxes, x, ws, full, free, y, end, norm, M)
+    task = (boxes, x, ws, full, free, y, operands, norm, M)
     copies = (x_box, boxes, x, ws, full, free)
     if GROUPS == 1:
         gl.warp_specialize([
-            (_consume, (task, work, gl.constexpr(0), END, SIZE, NORM, ONCE, APART, PDL)),
+            (_consume, (task, work, gl.constexpr(0), EPILOGUE, SIZE, NORM, ONCE, APART, PDL)),
             (_produce, (copies, work, ONCE, APART, PDL)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (task, work, gl.constexpr(0), END, SIZE, NORM, ONCE, APART, PDL)),
-            (_consume, (task, work, gl.constexpr(1), END, SIZE, NORM, ONCE, APART, PDL)),
+            (_consume, (task, work, gl.constexpr(0), EPILOGUE, SIZE, NORM, ONCE, APART, PDL)),
+            (_consume, (task, work, gl.constexpr(1), EPILOGUE, SIZE, NORM, ONCE, APART, PDL)),
             (_produce, (copies, work, ONCE, APART, PDL)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip

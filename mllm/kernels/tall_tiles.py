@@ -14,13 +14,13 @@ from mllm.kernels.hopper import MULTIPROCESSORS, TYPES
 HEAD = 128
 """The size of the heads of a decoder that are normalised, rotated and written where they are made."""
 LEAST = 128
-"""Rows up to which starting and ending is so much of a product that it is ours."""
+"""Rows up to which every product is ours: what starting and finishing takes is so much of it."""
 FEW = 256
-"""Rows up to which it is where the chip makes it in one turn, with little that is not wanted."""
+"""Rows up to which a product is ours where one turn of the chip makes it, with few outputs beyond those wanted."""
 SOME = 1536
-"""Rows up to which it is where cuBLAS needs a kernel after it to rotate, or has too few outputs to fill the chip."""
+"""Rows up to which a product is ours where cuBLAS needs a kernel after it to rotate, or too few outputs fill the chip."""
 WORK = 2_500_000_000
-"""Multiplications up to which outputs are few in that sense, or what is not wanted doesn't matter."""
+"""Multiplications up to which a product's outputs are too few for that, or outputs beyond those wanted don't matter."""
 MOSTLY, FULL = 0.75, 0.94
 """Shares of the outputs of the chip's turns that must be wanted: for few rows, a gate or the widest tile, and for others."""
 BUSY, BUSY_TURNING = 0.85, 0.7
@@ -61,38 +61,21 @@ TILES = {
     "heads": (Tile(1, (128,), 8), Tile(2, (128,), 6)),
     "turn": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(2, (128,), 6), Tile(2, (128, 64), 5)),
     "gate": (Tile(2, (64,), 6), Tile(1, (64,), 8), Tile(1, (64, 32), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
-    "sum": (
-        Tile(2, (64,), 8),
-        Tile(1, (128,), 8),
-        Tile(1, (64,), 12),
-        Tile(2, (128,), 6),
-        Tile(1, (128, 16), 8),
-        Tile(2, (128, 16), 6),
-    ),
-    "other": (
-        Tile(2, (64,), 8),
-        Tile(2, (64, 32), 7),
-        Tile(1, (128,), 8),
-        Tile(1, (64,), 12),
-        Tile(2, (128,), 6),
-        Tile(1, (128, 16), 8),
-    ),
-}
-"""By what ends a product, where the chip can make it in one turn. What is written by whole heads has its outputs in
-one piece."""
+    "sum": (Tile(2, (64,), 8), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6), Tile(1, (128, 16), 8),
+            Tile(2, (128, 16), 6)),
+    "other": (Tile(2, (64,), 8), Tile(2, (64, 32), 7), Tile(1, (128,), 8), Tile(1, (64,), 12), Tile(2, (128,), 6),
+              Tile(1, (128, 16), 8)),
+}  # fmt: skip
+"""Tiles by epilogue, where the chip can make a product in one turn. What is written by whole heads has its outputs in one
+piece."""
 WIDE = {
     "heads": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "sum": (Tile(2, (128,), 6), Tile(2, (256,), 4)),
     "gate": (Tile(2, (64,), 6), Tile(2, (64, 32), 5), Tile(2, (128,), 4)),
 }
-WIDEST = (
-    Tile(2, (128,), 6),
-    Tile(2, (128, 64), 5),
-    Tile(2, (256,), 4),
-    Tile(2, (256, 16), 4),
-    Tile(2, (256, 32), 4),
-)
-"""The same where it needs more: for these endings, and for others. In the last two 4,304 and 1,152 outputs come out."""
+WIDEST = Tile(2, (128,), 6), Tile(2, (128, 64), 5), Tile(2, (256,), 4), Tile(2, (256, 16), 4), Tile(2, (256, 32), 4)
+"""Tiles where it needs more than one turn: for these epilogues, and for others. In the last two 4,304 and 1,152 outputs
+come out."""
 LARGE = 256
 """Outputs of a tile from which on a product reads little."""
 TURN = 2000
@@ -102,11 +85,11 @@ TENSOR = 2048
 
 
 @lru_cache(maxsize=1024)
-def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
+def tile_for(epilogue: str, rows: int, outputs: int, inputs: int) -> Tile:
     """One turn of the chip takes mostly what its programs read from L2; where it needs more, what `_clocks` says."""
-    gate = ending == "gate"
+    gate = epilogue == "gate"
     parts = [1]
-    if ending == "sum":
+    if epilogue == "sum":
         # inputs of a part: the norm that adds them up reads them all
         least = 1024 if rows <= LEAST or rows * outputs <= 2**18 else 1536
         parts += [n for n in (2, 4) if inputs // n >= least]
@@ -116,15 +99,15 @@ def tile_for(ending: str, rows: int, outputs: int, inputs: int) -> Tile:
         return tile.turns(rows, outputs) * each * inputs // tile.parts
 
     narrow = rows <= FEW if gate else inputs <= 2048  # programs with 32 outputs beside 64 wait for L2 in others
-    taken = [tile for tile in TILES[ending] if narrow or 32 not in tile.outputs]
+    taken = [tile for tile in TILES[epilogue] if narrow or 32 not in tile.outputs]
     taken = [tile for tile in taken if 16 not in tile.outputs or outputs % tile.columns == 0]  # for widths like 1,152
-    if ending == "sum" and rows > FEW:  # of those that read as much, that with more weights, which come before x does
+    if epilogue == "sum" and rows > FEW:  # of those that read as much, that with more weights, which come before x does
         taken = sorted(taken, key=lambda tile: tile.groups)
     tiles = [tile._replace(parts=n) for tile in taken for n in parts]
     tile = min(tiles, key=read)
     if tile.turns(rows, outputs) == 1:
         return tile
-    return min(WIDE.get(ending, WIDEST), key=lambda tile: _clocks(tile, rows, outputs, inputs, gate=gate))
+    return min(WIDE.get(epilogue, WIDEST), key=lambda tile: _clocks(tile, rows, outputs, inputs, gate=gate))
 
 
 def _clocks(tile: Tile, rows: int, outputs: int, inputs: int, *, gate: bool) -> float:
@@ -136,37 +119,37 @@ def _clocks(tile: Tile, rows: int, outputs: int, inputs: int, *, gate: bool) -> 
     return tile.turns(rows, outputs) * (inputs / 64 * each + TURN)
 
 
-def pays(ending: str, x: Tensor, outputs: int, *, normed: bool = False) -> bool:
+def pays(epilogue: str, x: Tensor, outputs: int, *, normed: bool = False) -> bool:
     """Whether `tall` is faster than cuBLAS, with what it needs after it, for x [M K] and so many outputs; False also where
-    `tall` can't take x. The ending of a product is one of `TILES`; `normed`: it would end the norm before it, too."""
+    `tall` can't take x. The epilogue of a product is one of `TILES`; `normed`: it would end the norm before it, too."""
     rows, inputs = x.shape
     if x.dtype not in TYPES or inputs % 8:  # what tensor cores take from shared memory, and descriptors copy
         return False
-    return _is_faster(ending, rows, outputs, inputs, normed=normed)
+    return _is_faster(epilogue, rows, outputs, inputs, normed=normed)
 
 
 @lru_cache(maxsize=1024)
-def _is_faster(ending: str, rows: int, outputs: int, inputs: int, *, normed: bool) -> bool:
-    tile = tile_for(ending, rows, outputs, inputs)
+def _is_faster(epilogue: str, rows: int, outputs: int, inputs: int, *, normed: bool) -> bool:
+    tile = tile_for(epilogue, rows, outputs, inputs)
     turns = tile.turns(rows, outputs)
     wanted = rows * outputs * tile.parts / (turns * MULTIPROCESSORS * tile.rows * tile.columns)
     if normed and rows > FEW:
         # a norm by itself hides the start of the next product, for which there is no room beside the one before
-        if turns == 1 or ending not in ("turn", "other"):
+        if turns == 1 or epilogue not in ("turn", "other"):
             return False
-        if ending == "other":
+        if epilogue == "other":
             return wanted >= FULL
     work = rows * outputs * inputs
-    few = ending == "sum" and inputs <= 2048 and work <= WORK
-    if rows <= LEAST or (rows <= SOME and (few or ending == "turn")):
+    few = epilogue == "sum" and inputs <= 2048 and work <= WORK
+    if rows <= LEAST or (rows <= SOME and (few or epilogue == "turn")):
         return True
-    if ending == "gate":
+    if epilogue == "gate":
         return wanted >= MOSTLY
     if turns == 1 and rows <= FEW:
         return wanted >= MOSTLY or work <= WORK
-    if ending == "other":  # cuBLAS ends it as well
+    if epilogue == "other":  # cuBLAS ends it as well
         return turns == 1 and tile.columns >= LARGE and wanted >= MOSTLY
-    if turns == 1 and ending != "turn" and wanted >= FULL:
+    if turns == 1 and epilogue != "turn" and wanted >= FULL:
         return True
     busy = work / (TENSOR * MULTIPROCESSORS) / _clocks(tile, rows, outputs, inputs, gate=False)
-    return busy >= (BUSY_TURNING if ending == "turn" else BUSY)
+    return busy >= (BUSY_TURNING if epilogue == "turn" else BUSY)

@@ -1,4 +1,5 @@
-"""What `tall` does with 64 rows of a product before they are written: bias, GELU, gate, rotation, keys to their slots.
+"""The epilogues of `tall`: what is done with 64 rows of a product before they are written, like bias, GELU, gate, rotation
+of heads, or keys to their slots.
 
 Each is a kernel less, and a trip of all outputs to memory and back.
 """
@@ -16,19 +17,19 @@ LOG2E = gl.constexpr(flash.LOG2E)
 
 
 @gluon.constexpr_function
-def _adds(END):
-    return END in ("add", "bias_add", "scale", "measure")
+def _adds(EPILOGUE):
+    return EPILOGUE in ("add", "bias_add", "scale", "measure")
 
 
 @gluon.constexpr_function
-def _biased(END):
-    return END in ("bias", "bias_add", "gelu_none", "gelu_tanh", "turn", "measure")
+def _biased(EPILOGUE):
+    return EPILOGUE in ("bias", "bias_add", "gelu_none", "gelu_tanh", "turn", "measure")
 
 
 @gluon.constexpr_function
-def waits(END):
+def waits(EPILOGUE):
     """Whether what `begin` or `meanwhile` load is of kernels before this one."""
-    return _adds(END) or END in ("turn", "heads")
+    return _adds(EPILOGUE) or EPILOGUE in ("turn", "heads")
 
 
 @gluon.constexpr_function
@@ -37,16 +38,16 @@ def _columns(accs):
 
 
 @gluon.jit
-def begin(ws, end, m, firsts, M, N, END: gl.constexpr, NORM: gl.constexpr):
-    """What the products of each piece are added to [64 n]: the stream, the last of `end` [M N], the bias, its first [N], or
-    nothing. They are on their way while the first tiles are. A product yet to be normalised gets its bias after that."""
+def begin(ws, operands, m, firsts, M, N, EPILOGUE: gl.constexpr, NORM: gl.constexpr):
+    """What the products of each piece are added to [64 n]: the stream, the last of `operands` [M N], the bias, their first
+    [N], or nothing. They are on their way while the first tiles are. A product yet to be normalised gets its bias later."""
     accs = ()
     for j in gl.static_range(len(ws)):
         acc = nothing(ws[j].shape[1])
-        if _adds(END):
-            acc = _there(end[-1], m, firsts[j], M, N, ws[j].shape[1])
-        if _biased(END) and NORM == 0:
-            acc += _row(acc, end[0], firsts[j], N)[None, :]
+        if _adds(EPILOGUE):
+            acc = _there(operands[-1], m, firsts[j], M, N, ws[j].shape[1])
+        if _biased(EPILOGUE) and NORM == 0:
+            acc += _row(acc, operands[0], firsts[j], N)[None, :]
         accs += (acc,)  # type: ignore[assignment]
     return accs
 
@@ -68,21 +69,21 @@ def _row(acc, x, n0, N):
 
 
 AHEAD = gl.constexpr(192)
-"""Columns of a tile up to which there are registers for what its end takes from its beginning on."""
+"""Columns of a tile up to which there are registers for what its epilogue takes from its beginning on."""
 AT_ONCE = gl.constexpr(128)
-"""Columns of a piece that are ended at once: all of a wide one would take too many registers."""
+"""Columns of a piece whose epilogue is done at once: all of a wide one would take too many registers."""
 
 
 @gluon.constexpr_function
-def _at_once(END, SIZE):
-    """The same for an ending: what takes many registers, or is laid out anew as float32, has half as many."""
-    much = END == "gelu_none" or (END == "turn" and not whole(AT_ONCE.value, SIZE))
+def _at_once(EPILOGUE, SIZE):
+    """AT_ONCE of an epilogue: half as many where it takes many registers, or is laid out anew as float32."""
+    much = EPILOGUE == "gelu_none" or (EPILOGUE == "turn" and not whole(AT_ONCE.value, SIZE))
     return AT_ONCE.value // 2 if much else AT_ONCE.value
 
 
 @gluon.jit
 def _first_part(acc):
-    """Of acc [64 BN] what `_finish` ends first, for its form."""
+    """The part of acc [64 BN] that `_finish` comes to first, for its form."""
     if acc.shape[1] > AT_ONCE:
         part, _ = halves(acc)
     else:
@@ -91,59 +92,60 @@ def _first_part(acc):
 
 
 @gluon.jit
-def meanwhile(accs, end, m, firsts, M, N, END: gl.constexpr, SIZE: gl.constexpr):
-    """What `finish` takes for each piece beside `end`, loaded while products are made: what a norm multiplies by, cos and
-    sin of its pairs, or what is around a head. Of tiles of more than AHEAD columns no more than the first of those, and the
-    second where that is one head's for all."""
+def meanwhile(accs, operands, m, firsts, M, N, EPILOGUE: gl.constexpr, SIZE: gl.constexpr):
+    """What `finish` takes for each piece beside `operands`, loaded while products are made: what a norm multiplies by, cos
+    and sin of its pairs, or what is around a head. Of tiles of more than AHEAD columns no more than the first of those, and
+    the second where that is one head's for all."""
     ahead: gl.constexpr = _columns(accs) <= AHEAD
     coming = ()
     for j in gl.static_range(len(accs)):
-        if END == "scale":
-            coming += (_row(accs[j], end[0], firsts[j], N),)  # type: ignore[assignment]
-        elif END == "turn" and (whole(AT_ONCE, SIZE) or (ahead and accs[j].shape[1] <= _at_once(END, SIZE))):
+        if EPILOGUE == "scale":
+            coming += (_row(accs[j], operands[0], firsts[j], N),)  # type: ignore[assignment]
+        elif EPILOGUE == "turn" and (whole(AT_ONCE, SIZE) or (ahead and accs[j].shape[1] <= _at_once(EPILOGUE, SIZE))):
             part = as_turned(_first_part(accs[j]), SIZE)
-            coming += (angles_of(part, end, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
-        elif END == "heads" and ahead:
-            coming += ((around(accs[j], end, m, firsts[j] // HEAD, M), slots_of(accs[j], end, m, M)),)  # type: ignore[assignment]
+            coming += (angles_of(part, operands, m, firsts[j], M, SIZE),)  # type: ignore[assignment]
+        elif EPILOGUE == "heads" and ahead:
+            found = around(accs[j], operands, m, firsts[j] // HEAD, M), slots_of(accs[j], operands, m, M)
+            coming += (found,)  # type: ignore[assignment]
         else:
             coming += ((),)  # type: ignore[assignment]
     return coming
 
 
 @gluon.jit
-def finish(accs, coming, y, end, m, firsts, M, N, dtype: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr):
-    """Write the pieces accs [64 n] of the rows from m on, whose columns begin at firsts, to y [M N] as END has it; `coming`
-    as `meanwhile` has it; SIZE: that of the heads to "turn"."""
-    if END == "gate":
+def finish(accs, coming, y, operands, m, firsts, M, N, dtype: gl.constexpr, EPILOGUE: gl.constexpr, SIZE: gl.constexpr):
+    """Write the pieces accs [64 n] of the rows from m on, whose columns begin at firsts, to y [M N] as EPILOGUE has it;
+    `coming` as `meanwhile` has it; SIZE: that of the heads to "turn"."""
+    if EPILOGUE == "gate":
         for j in gl.static_range(len(accs)):
             gate, up = halves(accs[j])
             _store(gate * up * _sigmoid(gate * LOG2E), y, m, firsts[j], M, N, dtype)
-    elif END == "heads":
+    elif EPILOGUE == "heads":
         for j in gl.static_range(len(accs)):
-            write_heads(accs[j], coming[j], y, end, m, firsts[j], M, dtype)
-    elif END == "scale" or END == "measure":
+            write_heads(accs[j], coming[j], y, operands, m, firsts[j], M, dtype)
+    elif EPILOGUE == "scale" or EPILOGUE == "measure":
         for j in gl.static_range(len(accs)):
             piece = firsts[0] // _columns(accs) * len(accs) + j
-            _store_measured(accs[j], coming[j], y, end, piece, m, firsts[j], M, N, dtype, END)
+            _store_measured(accs[j], coming[j], y, operands, piece, m, firsts[j], M, N, dtype, EPILOGUE)
     else:
         for j in gl.static_range(len(accs)):
-            _finish(accs[j], coming[j], y, end, m, firsts[j], M, N, dtype, END, SIZE)
+            _finish(accs[j], coming[j], y, operands, m, firsts[j], M, N, dtype, EPILOGUE, SIZE)
 
 
 @gluon.jit
-def _finish(acc, coming, y, end, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr, SIZE: gl.constexpr):
-    """The same of one piece, in halves where all of it would take too many registers."""
-    if acc.shape[1] > _at_once(END, SIZE):
+def _finish(acc, coming, y, operands, m, n0, M, N, dtype: gl.constexpr, EPILOGUE: gl.constexpr, SIZE: gl.constexpr):
+    """`finish` for one piece, in halves where all of it would take too many registers."""
+    if acc.shape[1] > _at_once(EPILOGUE, SIZE):
         left, right = halves(acc)
-        _finish(left, coming, y, end, m, n0, M, N, dtype, END, SIZE)
-        _finish(right, coming, y, end, m, n0 + left.shape[1], M, N, dtype, END, SIZE)
+        _finish(left, coming, y, operands, m, n0, M, N, dtype, EPILOGUE, SIZE)
+        _finish(right, coming, y, operands, m, n0 + left.shape[1], M, N, dtype, EPILOGUE, SIZE)
     else:
-        if END == "gelu_none":
+        if EPILOGUE == "gelu_none":
             acc *= _normal(acc)
-        elif END == "gelu_tanh":
+        elif EPILOGUE == "gelu_tanh":
             acc = _gelu(acc)
-        elif END == "turn":
-            acc = turned(as_turned(acc, SIZE), coming, end, m, n0, M, SIZE)
+        elif EPILOGUE == "turn":
+            acc = turned(as_turned(acc, SIZE), coming, operands, m, n0, M, SIZE)
         _store(acc, y, m, n0, M, N, dtype)
 
 
@@ -194,23 +196,23 @@ def _store(acc, y, m, n0, M, N, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _store_measured(acc, weight, y, end, piece, m, n0, M, N, dtype: gl.constexpr, END: gl.constexpr):
+def _store_measured(acc, weight, y, operands, piece, m, n0, M, N, dtype: gl.constexpr, EPILOGUE: gl.constexpr):
     """acc [64 BN] to y [M N], as `_store`, and what a norm of it will be made of: the squares of each row, added up, to
     squares[piece].
 
-    "scale", for RMSNorm: end is (the norm's weight, squares f32 [n M], scaled [M N], x), and acc times its part of that
-    weight [BN] goes to `scaled`. "measure", for layer norm, whose weight is in the next product's: end is (bias, squares,
-    sums f32 [n M], x), and what each row sums up to goes to sums[piece].
+    "scale", for RMSNorm: operands are the norm's weight, squares f32 [n M], scaled [M N], x; acc times its part of that
+    weight [BN] goes to `scaled`. "measure", for layer norm, whose weight is in the next product's: operands are bias,
+    squares, sums f32 [n M], x; what each row sums up to goes to sums[piece].
     """
     acc = acc.to(dtype).to(gl.float32)  # what is normalised is what the next layer adds to
     square, total = _measures(acc)
     r = m + gl.arange(0, 64, square.type.layout)
-    gl.store(end[1] + piece * M + r, square, mask=r < M)
+    gl.store(operands[1] + piece * M + r, square, mask=r < M)
     _store(acc, y, m, n0, M, N, dtype)
-    if END == "scale":
-        _store(acc * weight[None, :], end[2], m, n0, M, N, dtype)
+    if EPILOGUE == "scale":
+        _store(acc * weight[None, :], operands[2], m, n0, M, N, dtype)
     else:
-        gl.store(end[2] + piece * M + r, total, mask=r < M)
+        gl.store(operands[2] + piece * M + r, total, mask=r < M)
 
 
 @gluon.jit
@@ -246,13 +248,13 @@ def _parts_of(x, n, m, M, P: gl.constexpr):
 
 
 @gluon.jit
-def biases_of(ws, end, firsts, N, END: gl.constexpr):
+def biases_of(ws, operands, firsts, N, EPILOGUE: gl.constexpr):
     """The bias of each piece [n], or nothing, which takes few registers until it is wanted."""
     biases = ()
-    if _biased(END):
+    if _biased(EPILOGUE):
         for j in gl.static_range(len(ws)):
             c = firsts[j] + gl.arange(0, ws[j].shape[1], gl.BlockedLayout([1], [32], [4], [0]))
-            biases += (gl.load(end[0] + c, mask=c < N, other=0.0).to(gl.float32),)  # type: ignore[assignment]
+            biases += (gl.load(operands[0] + c, mask=c < N, other=0.0).to(gl.float32),)  # type: ignore[assignment]
     return biases
 
 
