@@ -64,7 +64,7 @@ def get(name: str, **options: Any) -> Model:
     if (path := _folder_of(name)) is not None:
         return attrs.evolve(mllm.load(path, **options), name=Path(name).name)
     if name not in SMALL and name not in families.PRESETS:
-        raise ValueError(f"--model: no folder and no model is called {name!r}; names are {', '.join(known())}")
+        raise ValueError(f"no folder and no model is called {name!r}; names are {', '.join(known())}")
     if name in families.PRESETS:
         return mllm.dummy(name, **options)
     return attrs.evolve(mllm.dummy(families.parse(SMALL[name], source=name), **options), name=name)

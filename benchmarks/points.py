@@ -184,8 +184,13 @@ def patches_of(model: Model, pictures: Sequence[Image.Image], at: Sequence[int],
 
 
 def random_patches(model: Model, grid: tuple[int, int], mode: str = "eager") -> PatchBatch:
-    """One image of `grid` patches of noise, already cut: what the encoder alone is timed on."""
+    """One image of `grid` patches of noise, already cut: what the encoder alone is timed on.
+
+    Raises `ValueError` for sides that do not merge, `TooLargeError` beyond the pictures that the memory has room for.
+    """
     config = _image_config(model)
+    if (pixels := grid[0] * grid[1] * config.patch**2) > model.memory.image_pixels:
+        raise TooLargeError(f"{grid[0]} x {grid[1]} patches are {pixels} pixels > {model.memory.image_pixels}")
     if grid[0] % config.merge or grid[1] % config.merge:
         raise ValueError(f"--grid: sides must be multiples of {config.merge}, got {grid[0]}x{grid[1]}")
     count = grid[0] * grid[1]

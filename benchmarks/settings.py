@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
 
 from mllm.model import DTYPES
 
+T = TypeVar("T")
 STAGES = ("all", "prefill", "decode", "vit")
 DEVICE_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
@@ -21,26 +22,29 @@ def numbers(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"expected whole numbers of 1 or more like 1,8, got {text!r}")
-    found = tuple(int(part) for part in parts)
-    if len(set(found)) < len(found):
-        raise ValueError(f"expected each number once, got {text!r}")
-    return found
+    return _each_once([int(part) for part in parts], text)
 
 
 def grids(text: str) -> tuple[tuple[int, int], ...]:
-    """ "16x16,64x64" to ((16, 16), (64, 64)), in patches. Raises `ValueError` for anything else."""
+    """ "16x16,64x64" to ((16, 16), (64, 64)), in patches. Raises `ValueError` for anything else, and for repetitions."""
     found = []
     for part in text.split(","):
         sides = part.strip().split("x")
         if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
             raise ValueError(f"expected patch grids like 16x16,64x64, got {text!r}")
         found.append((int(sides[0]), int(sides[1])))
-    return tuple(found)
+    return _each_once(found, text)
 
 
 def names(text: str) -> tuple[str, ...]:
-    """ "a,b" to ("a", "b")."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """ "a,b" to ("a", "b"). Raises `ValueError` for repetitions."""
+    return _each_once([part.strip() for part in text.split(",") if part.strip()], text)
+
+
+def _each_once(found: Sequence[T], text: str) -> tuple[T, ...]:
+    if len(set(found)) < len(found):
+        raise ValueError(f"expected each once, got {text!r}")
+    return tuple(found)
 
 
 @frozen(kw_only=True)
@@ -141,6 +145,8 @@ def read(given: Callable[[str], Any]) -> Settings:
             values[single] = _one(single, values[single])
     for path in ("image", "result_jsonl", "trace_dir"):
         values[path] = values[path] and Path(values[path])
+    if (rows := values["result_jsonl"]) is not None and (rows.is_dir() or not rows.parent.is_dir()):
+        raise ValueError(f"--result-jsonl: {rows} is a folder, or in none")
     values["dtype"] = _dtype(values["dtype"], values["device"])
     found = Settings(**values | {"correct": bool(values["correct"])})
     if found.profiler == "cuda" and not found.on_gpu:

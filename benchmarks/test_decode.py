@@ -43,7 +43,9 @@ def test_decode(case: Case, batch: int, input_len: int, output_len: int, mode: s
     s = session.settings
     first = output_len // 2 if s.trace_start is None else s.trace_start
     window = min(s.trace_steps, steps - first)
-    if "decode" in s.traced and window > 0:
+    if "decode" in s.traced and window <= 0:
+        session.remarks.append(f"decode: nothing traced, as --trace-start {first} is beyond the last of {steps} steps")
+    elif "decode" in s.traced:
         loop.rewind()
         loop.steps(first)
         name = f"bs={batch}-in={input_len}-out={output_len}-{mode}-steps={first}+{window}"

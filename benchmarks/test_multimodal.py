@@ -22,6 +22,7 @@ def test_multimodal_prefill(case: Case, batch: int, image_len: int, padded: str)
     vision, weights = model.config.vision, model.weights.vision
     assert vision is not None
     assert weights is not None
+    session.fits(batch, image_len)
     picture, tokens = session.picture_prompt(image_len or None)
     layout = points.lay_out(model, tokens, picture)
     length, count = len(layout.tokens), layout.counts[0]

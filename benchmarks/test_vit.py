@@ -19,7 +19,7 @@ def test_vit(case: Case, grid: str, padded: str) -> None:
     session = case.session
     session.needs_vision()
     rows, cols = map(int, grid.split("x"))
-    exact = points.random_patches(session.model, (rows, cols))
+    exact = session.or_skip(points.random_patches, session.model, (rows, cols))
     patches = session.or_skip(points.random_patches, session.model, (rows, cols), padded)
     _run(case, patches, exact, f"grid={grid}-{padded}", captured=padded == "graph")
 

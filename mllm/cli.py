@@ -85,7 +85,7 @@ def demo(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(10**6) if args.seed is None else args.seed
     if seed < 0:
         raise ValueError(f"--seed: expected 0 or more, got {seed}")
-    kind = args.kind or SHOWN[seed % len(SHOWN)]
+    kind = SHOWN[seed % len(SHOWN)] if args.kind is None else args.kind
     if kind not in SHOWN:
         raise ValueError(f"--kind: expected one of {', '.join(SHOWN)}, got {kind!r}")
     item = pictures.held_out(kind, seed)
@@ -153,6 +153,8 @@ def _choice(args: argparse.Namespace) -> dict[str, Any]:
         kind = torch.device(args.device).type
     except RuntimeError as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if not args.model:
+        raise ValueError("--model: expected a folder or a name, got ''")
     devices.choose(args.device)
     dtype = "float32" if args.dtype == "auto" and kind == "cpu" else args.dtype
     return {

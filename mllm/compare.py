@@ -72,11 +72,15 @@ def read(path: str | Path) -> dict[str, Any]:
     for part in ("gpu", "cpu", "packages"):
         if not isinstance(machine.get(part, {}), dict):
             raise ValueError(f"{path}: machine_info.{part} is not an object")
+    seen = set()
     for index, case in enumerate(data["benchmarks"]):
         if not _is_case(case):
             raise ValueError(
                 f"{path}: benchmarks[{index}] lacks what pytest-benchmark writes of a case, or its median is 0"
             )
+        if (name := _without_folder(case["fullname"])) in seen:
+            raise ValueError(f"{path}: benchmarks[{index}] is the second called {name}")
+        seen.add(name)
     return data
 
 
@@ -92,7 +96,12 @@ def _is_case(case: object) -> bool:
 
 def cases(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The cases by file and name, whatever folder pytest was started in: test_vit.py::test_vit[grid=16x16]."""
-    return {case["fullname"].rpartition("/")[2]: case for case in data["benchmarks"]}
+    return {_without_folder(case["fullname"]): case for case in data["benchmarks"]}
+
+
+def _without_folder(name: str) -> str:
+    file, separator, rest = name.partition("::")
+    return file.rpartition("/")[2] + separator + rest  # what is in brackets may be a path
 
 
 def hardware(data: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ order of calls (`RuntimeError`); beside them a package that is not there (`Impor
 expected, got, and what to do about it.
 """
 
+from __future__ import annotations
+
 
 class MllmError(Exception):
     """Base of every error below: `except mllm.errors.MllmError` catches them all and nothing else."""
@@ -48,3 +50,13 @@ class CaptureError(MllmError, RuntimeError):
 
 class MissingPackageError(MllmError, ImportError):
     """An optional package is needed for what was asked; the message says what to install."""
+
+    @classmethod
+    def of(cls, error: ImportError, *, needs: str, install: str) -> MissingPackageError:
+        """Of what an import raised: `needs`, like "plots need", the package, and what pip is to `install`.
+
+        A package that is there and cannot be imported says itself what is wrong.
+        """
+        if isinstance(error, ModuleNotFoundError):
+            return cls(f"{needs} {error.name}: pip install {install}")
+        return cls(f"{needs} what cannot be imported here (pip install {install}): {error}")

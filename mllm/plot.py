@@ -63,7 +63,7 @@ def plot(data: dict[str, Any], into: Path) -> list[Path]:
             made.append(into / f"{name}.png")
             shown += f"![{alt}]({name}.png)\n\n"
     if not made:
-        raise ValueError("the file has no figures to draw; were the benchmarks run with --benchmark-json?")
+        raise ValueError("the file has none of the figures that are drawn: prefill, decode, vit, multimodal_prefill")
     made.append(into / "results.md")
     made[-1].write_text(f"{tables(cases, data)}\n{shown}", encoding="utf-8")
     return made
@@ -80,8 +80,8 @@ def read_cases(data: dict[str, Any]) -> list[Case]:
 def _pyplot() -> Any:
     try:
         import matplotlib
-    except ImportError:
-        raise MissingPackageError("plots need matplotlib: pip install 'mllm-runtime[plot]'") from None
+    except ImportError as error:
+        raise MissingPackageError.of(error, needs="plots need", install="'mllm-runtime[plot]'") from error
     matplotlib.use("Agg")  # no window, no display
     from matplotlib import pyplot
 

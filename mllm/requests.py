@@ -54,9 +54,12 @@ def make(model: Model, prompt: Prompt, *, index: int, new_tokens: int, sampling:
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompts[{index}]: expected a mllm.Prompt, got {type(prompt).__name__}; see mllm.prompt")
     config, context = model.config, model.config.text.max_position_embeddings
-    layout = prompts.expand(
-        prompt, model.images, config.image_token_id, config.text.vocab_size, video_token_id=config.video_token_id
-    )
+    try:
+        layout = prompts.expand(
+            prompt, model.images, config.image_token_id, config.text.vocab_size, video_token_id=config.video_token_id
+        )
+    except (PromptError, ImageError, TypeError) as error:
+        raise type(error)(f"prompts[{index}]: {error}") from error
     _check_images(model, layout, index)
     length = len(layout.tokens)
     if length > context:
@@ -86,10 +89,12 @@ def make_all(
     """All prompts laid out and checked, before anything runs; the settings are one for all or one for each."""
     if isinstance(prompts, Prompt):
         raise TypeError("prompts: expected a sequence of prompts, got one; pass [prompt]")
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+        raise TypeError(f"prompts: expected a sequence of prompts, got {type(prompts).__name__}")
     limits = _for_each(new_tokens, int, len(prompts), "max_new_tokens")
     settings = _for_each(sampling, Sampling, len(prompts), "sampling")
-    for limit in limits:
-        check_limit("max_new_tokens", limit, 1)
+    for index, limit in enumerate(limits):
+        check_limit("max_new_tokens" if new_tokens is limit else f"max_new_tokens[{index}]", limit, 1)
     return [
         make(model, prompt, index=index, new_tokens=limit, sampling=own)
         for index, (prompt, limit, own) in enumerate(zip(prompts, limits, settings, strict=True))
@@ -171,7 +176,7 @@ def _pixels(model: Model, image: Image, grid: tuple[int, int], config: ImageConf
     height, width = (patches * config.patch for patches in grid)
     there = model.device.type == "cuda" and image.width * image.height <= LARGER * height * width
     pixels = np.asarray(images.rgb(image)) if there else images.pixels(image, config)
-    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=model.device.type == "cuda")
+    staged = torch.empty(pixels.shape, dtype=torch.uint8, device="cpu", pin_memory=model.device.type == "cuda")
     staged.numpy()[...] = pixels
     sent = staged.to(model.device, non_blocking=True)
     return sent if sent.shape[:2] == (height, width) else model.ops.resize(sent, height, width)

@@ -114,8 +114,9 @@ def test_a_point_that_does_not_fit_says_its_arithmetic() -> None:
     ("option", "text"),
     [
         ("batch", "0"), ("batch", "1,x"), ("batch", "1,1"), ("batch", ""), ("input-len", "-5"), ("output-len", "1.5"),
-        ("grid", "16"), ("grid", "16x"), ("grid", "0x4"), ("device", "tpu"), ("dtype", "int8"), ("trace-start", "1,2"),
-        ("profiler", "cuda"),  # which needs --device cuda
+        ("grid", "16"), ("grid", "16x"), ("grid", "0x4"), ("grid", "8x8,8x8"), ("peer", "a,b,a"),
+        ("device", "tpu"), ("dtype", "int8"), ("trace-start", "1,2"), ("result-jsonl", "absent/rows.jsonl"),
+        ("result-jsonl", "."), ("profiler", "cuda"),  # which needs --device cuda
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_refused_by_name(option: str, text: str) -> None:

@@ -85,6 +85,18 @@ def test_results_of_other_hardware_are_not_compared(tmp_path: Path) -> None:
     assert _compare(tmp_path, old, new) == 1
 
 
+def test_a_case_that_is_named_by_a_path_is_a_case_of_its_own(tmp_path: Path) -> None:
+    names = [f"benchmarks/test_peer.py::test_peer_{stage}[bs=1-/models/{stage}/x]" for stage in ("prefill", "decode")]
+    old, slow, less = (_results(a=0.010, b=b) for b in (0.020, 0.040, 0.020))
+    for data in (old, slow, less):
+        for case, name in zip(data["benchmarks"], names, strict=True):
+            case["fullname"] = name
+    assert _compare(tmp_path, old, old) == 0
+    assert _compare(tmp_path, old, slow) == 1
+    del less["benchmarks"][0]
+    assert _compare(tmp_path, old, less) == 1
+
+
 def test_results_of_other_models_or_dtypes_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = _results(a=0.010), _results(a=0.010)
     for data, dtype in ((old, "float32"), (new, "bfloat16")):
@@ -136,6 +148,7 @@ def test_a_single_round_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixt
         lambda data: data["machine_info"].update(cpu="Xeon"),
         lambda data: data["machine_info"].update(packages=["torch"]),
         lambda data: data["benchmarks"].append({}),
+        lambda data: data["benchmarks"].append(data["benchmarks"][0]),
         lambda data: data["benchmarks"].append(1),
         lambda data: data["benchmarks"][0].pop("extra_info"),
         lambda data: data["benchmarks"][0]["stats"].update(median="fast"),

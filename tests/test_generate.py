@@ -209,8 +209,11 @@ def test_a_model_of_nan_fails_every_request_with_a_reason(text_model: Tiny, tabl
 
 GOOD = mllm.Prompt([1, 2, 3])
 REFUSED: list[Any] = [
-    ([mllm.Prompt([])], {}, PromptError, "at least one token"),
-    ([GOOD, mllm.Prompt([96])], {}, PromptError, "outside the vocabulary of 96"),
+    ([mllm.Prompt([])], {}, PromptError, r"prompts\[0\]: .*at least one token"),
+    ([GOOD, mllm.Prompt([96])], {}, PromptError, r"prompts\[1\]: .*outside the vocabulary of 96"),
+    ((GOOD for _ in range(2)), {}, TypeError, "prompts: expected a sequence of prompts, got generator"),
+    (None, {}, TypeError, "prompts: expected a sequence of prompts, got NoneType"),
+    ([GOOD, GOOD], {"max_new_tokens": [1, 0]}, ValueError, r"max_new_tokens\[1\]: expected 1 or more"),
     ([mllm.Prompt([1, IMAGE])], {}, PromptError, "1 image placeholders for 0 images"),
     ([mllm.Prompt([1], [picture(8, 8)])], {}, PromptError, "0 image placeholders for 1 images"),
     ([mllm.Prompt([IMAGE, IMAGE], [picture(8, 8)])], {}, PromptError, "2 image placeholders for 1 images"),

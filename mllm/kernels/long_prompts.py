@@ -32,14 +32,14 @@ def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torc
     try:
         import flashinfer
     except ImportError as error:
-        raise MissingPackageError(
-            f"a prefill of {len(batch.tokens)} tokens at once needs {error.name}: pip install 'mllm-runtime[cuda]', or "
-            "prefill in smaller chunks"
-        ) from None
+        needs = f"a prefill of {len(batch.tokens)} tokens at once, which could be in smaller chunks, needs"
+        raise MissingPackageError.of(error, needs=needs, install="'mllm-runtime[cuda]'") from error
     device = batch.tokens.device
-    counts, lengths = (torch.tensor(column) for column in zip(*batch.rows(), strict=True))
+    counts, lengths = (torch.tensor(column, device="cpu") for column in zip(*batch.rows(), strict=True))
     held = (lengths + page_size - 1) // page_size
-    listed = torch.cat([row * batch.pages.shape[1] + torch.arange(n) for row, n in enumerate(held.tolist())])
+    listed = torch.cat(
+        [row * batch.pages.shape[1] + torch.arange(n, device="cpu") for row, n in enumerate(held.tolist())]
+    )
     (listed,) = upload_all([listed], device)
     workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa3")

@@ -47,7 +47,7 @@ def _compiled_tables() -> Tables:
     try:
         from mllm.kernels.cpu_decode import DECODE, PROMPT  # here, as it imports numba and at first compiles
     except ImportError as error:
-        raise MissingPackageError(f"float32 on a CPU needs {error.name}: pip install numba") from None
+        raise MissingPackageError.of(error, needs="float32 on a CPU needs", install="numba") from error
     return Tables(ops=PROMPT, decode_ops=lambda rows: DECODE)
 
 
@@ -56,7 +56,7 @@ def _cuda_tables(*, wide: bool, hopper: bool) -> Tables:
     try:
         from mllm.kernels import cuda, cuda_vision  # need Triton, which machines without a GPU need not have
     except ImportError as error:
-        raise MissingPackageError(f"CUDA devices need {error.name}: pip install 'mllm-runtime[cuda]'") from None
+        raise MissingPackageError.of(error, needs="CUDA devices need", install="'mllm-runtime[cuda]'") from error
     prompts = partial(cuda.prompt_ops, wide=wide, hopper=hopper)
     general = cuda_vision.vision_ops(prompts(2**31, fa3=hopper), captured=False, wide=wide, hopper=hopper)
     return Tables(
