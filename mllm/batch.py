@@ -202,7 +202,7 @@ def upload_all(tensors: Sequence[Tensor], device: str | torch.device) -> list[Te
     if torch.device(device).type != "cuda":
         return [t.to(device) for t in tensors]
     at = np.cumsum([0, *(-(-t.nbytes // 16) * 16 for t in tensors)]).tolist()  # kernels like aligned addresses
-    staged = torch.empty(at[-1], dtype=torch.uint8, pin_memory=True)
+    staged = torch.empty(at[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
     host = staged.numpy()  # a small copy costs NumPy a quarter of what it costs PyTorch
     for t, begin in zip(tensors, at[:-1], strict=True):
         host[begin : begin + t.nbytes] = t.numpy().reshape(-1).view(np.uint8)
@@ -248,7 +248,7 @@ def decode_batch(
         slots=padded_to(size, slots),
         pages=pages,
         lengths=padded_to(size, index + 1),
-        q_indptr=torch.arange(size + 1, dtype=torch.int32),
-        last=torch.arange(size),
+        q_indptr=torch.arange(size + 1, dtype=torch.int32, device="cpu"),
+        last=torch.arange(size, device="cpu"),
     )
     return upload(batch, device)

@@ -202,7 +202,7 @@ def _prefill_and_draw(
     if not any(segment.completes for segment in part):  # nothing to wait for
         return {}
     settings = sampling_batch([s.request.sampling for s in part], size=len(part), device=model.device)
-    (lengths,) = upload_all([torch.tensor([s.stop for s in part], dtype=torch.int32)], model.device)
+    (lengths,) = upload_all([torch.tensor([s.stop for s in part], dtype=torch.int32, device="cpu")], model.device)
     tokens = stages.sample(logits[: len(part)], settings, lengths, ops=model.ops).tolist()
     through = [(s, token) for s, token in zip(part, tokens, strict=True) if s.completes]
     for segment, _ in through:

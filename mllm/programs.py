@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ PADDED = 64
 INFERENCE = torch.inference_mode()
 """Around whole stages, never around a `yield`, which would hand it to the caller: a small model's step is a tenth
 shorter without autograd's part in every call."""
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
 def new_lease(model: Model, pages: int, page_size: int) -> Lease:
@@ -50,7 +52,21 @@ def make_programs(model: Model) -> Programs:
     if model.vision_ops is not None:
         vit = _if_padded(vit, wrap(vit, limit=PADDED))
     reads = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-    return Programs(step=INFERENCE(step), prefill=INFERENCE(prefill), vit=INFERENCE(vit), reads=reads)
+    step, prefill, vit = (_as_it_is(fn, model.device.type) for fn in (step, prefill, vit))
+    return Programs(step=step, prefill=prefill, vit=vit, reads=reads)
+
+
+def _as_it_is(fn: Fn, kind: str) -> Fn:
+    """`INFERENCE`, and outside a caller's autocast, which would give what ops hand each other other dtypes."""
+    inner = INFERENCE(fn)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(kind):
+            return inner(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return inner(*args, **kwargs)
+
+    return cast(Fn, call)
 
 
 def _if_padded(fn: Callable[..., Tree], captured: Callable[..., Tree]) -> Callable[..., Tree]:

@@ -59,7 +59,7 @@ class Read:
         self.there = self.tokens = tokens  # kept until they have been read
         self.done: torch.cuda.Event | None = None
         if stream is not None:
-            self.there = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self.there = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self.there.copy_(tokens, non_blocking=True)

@@ -67,7 +67,7 @@ def _upload(rows: Sequence[Sampling], device: str | torch.device) -> SamplingBat
     drawing = [row for row in rows if row.temperature > 0]
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
+        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype, device="cpu")
 
     host = SamplingBatch(
         temperature=column("temperature", torch.float32),

@@ -39,11 +39,11 @@ class RequestTable(State):
         """
         listed = pages if row_pages is None else min(row_pages, pages)
         return cls(
-            pages=torch.full((rows, listed), SINK, dtype=torch.int32),
-            held=torch.zeros(rows, dtype=torch.int32),
-            length=torch.zeros(rows, dtype=torch.int32),
-            live=torch.zeros(rows, dtype=torch.bool),
-            free=torch.arange(pages, 0, -1, dtype=torch.int32),  # page 1 is on top of the stack
+            pages=torch.full((rows, listed), SINK, dtype=torch.int32, device="cpu"),
+            held=torch.zeros(rows, dtype=torch.int32, device="cpu"),
+            length=torch.zeros(rows, dtype=torch.int32, device="cpu"),
+            live=torch.zeros(rows, dtype=torch.bool, device="cpu"),
+            free=torch.arange(pages, 0, -1, dtype=torch.int32, device="cpu"),  # page 1 is on top of the stack
             n_free=pages,
             page_size=page_size,
         )

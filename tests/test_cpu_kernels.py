@@ -254,6 +254,16 @@ def test_without_numba_the_error_says_what_to_install() -> None:
     assert "pip install numba" in done.stderr
 
 
+def test_a_numba_that_cannot_be_imported_says_itself_why(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mllm; mllm.load(dtype='float32')"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
+    *_, last = done.stderr.strip().splitlines()
+    assert "MissingPackageError: float32 on a CPU needs what cannot be imported here (pip install numba): Numba" in last
+    assert last.endswith("Got NumPy 2.4.")
+
+
 def test_other_dtypes_keep_the_ops_of_pytorch() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert tables_for("cpu", dtype) == (CPU, None, None, None)

@@ -36,7 +36,7 @@ def norm(x: Tensor, *, eps: float) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _constant(value: float) -> Tensor:
-    return torch.full((1, 1, 1), value)
+    return torch.full((1, 1, 1), value, dtype=torch.float32, device="cpu")
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mllm.batch import ForwardBatch
 from mllm.config import TextConfig
+from mllm.errors import TableError
 from mllm.kernels import rotary
-from mllm.kernels.cpu_lanes import LANES, ask, compiled, exp, f32, i32, i64, mix
+from mllm.kernels.cpu_lanes import HOST, LANES, address, ask, compiled, exp, f32, i32, i64, mix
 from mllm.kernels.cpu_linear import norm, panel
 from mllm.kernels.cpu_team import fork, parts_for
 
@@ -27,10 +28,11 @@ _mix_2, _mix_1 = mix(2, 4), mix(1, 4)
 @frozen(eq=False)
 class Plan:
     """What a step computes once: `turns` f32 [2 B D/2] are cosine and sine of each row's rotation, `scratch` has a row
-    for each part of the work that runs at one time. The rest is the batch's."""
+    for each part of the work that runs at one time, `pages` is how many a pool must have. The rest is the batch's."""
 
     turns: Tensor
     scratch: Tensor
+    pages: int
     batch: ForwardBatch
 
 
@@ -195,12 +197,13 @@ def _constants(head_dim: int, theta: float, sections: tuple[int, ...]) -> tuple[
 def plan(batch: ForwardBatch, *, config: TextConfig, page_size: int, dtype: torch.dtype) -> Plan:
     rows, half = len(batch.lengths), config.head_dim // 2
     frequencies, axes = _constants(config.head_dim, config.rope_theta, tuple(config.mrope_section))
-    turns = torch.empty(2, rows, half)
-    _turns(batch.positions.data_ptr(), frequencies.data_ptr(), axes.data_ptr(), rows, half, turns.data_ptr())
+    turns = torch.empty(2, rows, half, **HOST)
+    _turns(batch.positions.data_ptr(), address(frequencies), axes.data_ptr(), rows, half, address(turns))
     kv_heads, tokens = config.num_key_value_heads, batch.pages.shape[1] * page_size
     parts = min(parts_for(rows * tokens * kv_heads * config.head_dim * 2, 1), rows * kv_heads)
     room = config.num_attention_heads // kv_heads * (2 * config.head_dim + WIDE + tokens)
-    return Plan(turns, torch.empty(parts, room), batch)
+    pages = 1 + max(int(batch.pages.numpy().max()), int(batch.slots.numpy().max()) // page_size)
+    return Plan(turns, torch.empty(parts, room, **HOST), pages, batch)
 
 
 def attend_(
@@ -208,11 +211,15 @@ def attend_(
 ) -> Tensor:
     batch, (rows, width), (_, page_size, kv_heads, size) = plan.batch, qkv.shape, keys.shape
     heads = width // size - 2 * kv_heads
-    out = torch.empty(rows, heads * size)
+    if plan.pages > len(keys):
+        raise TableError(
+            f"page {plan.pages - 1} of the batch is beyond a pool of {len(keys)}: is its table another pool's?"
+        )
+    out = torch.empty(rows, heads * size, **HOST)
     _attend(
-        len(plan.scratch), qkv.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), eps, plan.turns.data_ptr(),
-        batch.slots.data_ptr(), batch.pages.data_ptr(), batch.lengths.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        out.data_ptr(), rows, heads, kv_heads, size, batch.pages.shape[1], page_size,
-        plan.scratch.data_ptr(), plan.scratch.shape[1],
+        len(plan.scratch), address(qkv), address(q_norm), address(k_norm), eps, address(plan.turns),
+        batch.slots.data_ptr(), batch.pages.data_ptr(), batch.lengths.data_ptr(), address(keys), address(values),
+        address(out), rows, heads, kv_heads, size, batch.pages.shape[1], page_size,
+        address(plan.scratch), plan.scratch.shape[1],
     )  # fmt: skip
     return out

@@ -14,11 +14,17 @@ from typing import Any
 import llvmlite.binding
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
+from mllm.errors import ShapeError
+
+HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""What the kernels take and give, whatever a caller's default dtype and device are."""
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 """Numbers in a vector. Sums are taken in this many parts, so it is part of what a result's last bits depend on."""
 
@@ -32,6 +38,16 @@ _VECTOR = ir.VectorType(_F32, LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
 _SOURCES = sorted(Path(__file__).parent.glob("cpu_*.py"))
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
+
+
+def address(x: Tensor) -> int:
+    """Of the float32 numbers of x, for a kernel, which would read anything there. Raises `ShapeError` where x has others."""
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise ShapeError(
+            f"the compiled kernels of CPUs take contiguous float32, got {x.dtype} {list(x.shape)} with strides "
+            f"{x.stride()}: is the KV pool of the model's dtype, and is torch.autocast off?"
+        )
+    return x.data_ptr()
 
 
 def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllm.kernels.cpu_lanes import compiled, exp, f32, tile
+from mllm.kernels.cpu_lanes import HOST, address, compiled, exp, f32, tile
 from mllm.kernels.cpu_team import fork, parts_for
 
 _tile_8x2, _tile_4x4, _tile_2x4, _tile_1x4, _tile_1x1 = tile(8, 2), tile(4, 4), tile(2, 4), tile(1, 4), tile(1, 1)
@@ -120,20 +120,20 @@ def _linear_gate(parts, x, rows, depth, w, gates, out, outputs):
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    x, out = x.contiguous(), torch.empty(x.shape)
-    _norm_rows(x.data_ptr(), norm.data_ptr(), eps, *x.shape, out.data_ptr())
+    x, out = x.contiguous(), torch.empty(x.shape, **HOST)
+    _norm_rows(address(x), address(norm), eps, *x.shape, address(out))
     return out
 
 
 def _plus_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """out [T N] += x [T K] @ weight [N K].T"""
     weight, (rows, depth) = weight.contiguous(), x.shape
-    _linear(parts_for(weight.numel(), rows), x.data_ptr(), rows, depth, weight.data_ptr(), out.data_ptr(), len(weight))
+    _linear(parts_for(weight.numel(), rows), address(x), rows, depth, address(weight), address(out), len(weight))
     return out
 
 
 def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    return x, _plus_product(torch.zeros(len(x), len(weight)), _normed(x, norm, eps), weight)
+    return x, _plus_product(torch.zeros(len(x), len(weight), **HOST), _normed(x, norm, eps), weight)
 
 
 def linear_add(y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def head(x: Tensor, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: f
 def norm_gate(x: Tensor, norm: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     (rows, depth), outputs = x.shape, len(weight) // 2
     normed, weight = _normed(x, norm, eps), weight.contiguous()
-    gates, out = torch.zeros(2, rows, outputs)
-    at = normed.data_ptr(), rows, depth, weight.data_ptr(), gates.data_ptr(), out.data_ptr(), outputs
+    gates, out = torch.zeros(2, rows, outputs, **HOST)
+    at = address(normed), rows, depth, address(weight), address(gates), address(out), outputs
     _linear_gate(parts_for(weight.numel(), rows), *at)
     return x, out

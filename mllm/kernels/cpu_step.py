@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mllm.batch import ForwardBatch, SamplingBatch
 from mllm.kernels import reference
-from mllm.kernels.cpu_lanes import compiled, i32, i64
+from mllm.kernels.cpu_lanes import address, compiled, i32, i64
 from mllm.kernels.cpu_team import fork, parts_for
 from mllm.kernels.ops import NOT_FINITE
 
@@ -59,8 +59,8 @@ def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor) -> Tensor:
     if not sampling.greedy:
         return reference.sample(logits, sampling, lengths)
     logits, (rows, count) = logits.contiguous(), logits.shape
-    out = torch.empty(rows, dtype=torch.int32)
-    _argmax(min(parts_for(rows * count, 1), rows), logits.data_ptr(), rows, count, out.data_ptr())
+    out = torch.empty(rows, dtype=torch.int32, device="cpu")
+    _argmax(min(parts_for(rows * count, 1), rows), address(logits), rows, count, out.data_ptr())
     return out
 
 

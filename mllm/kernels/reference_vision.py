@@ -47,8 +47,8 @@ def cut(pixels: Tensor, *, patch: int, merge: int) -> Tensor:
 def patch_embed(batch: PatchBatch, weights: VisionWeights, *, config: VisionConfig) -> Tensor:
     """Bytes to features: normalise, project, add the learned position grid stretched over each image."""
     pixels = batch.patches.view(-1, config.in_channels, config.patch_size**2).float()
-    mean = torch.tensor(batch.mean, device=pixels.device).view(-1, 1)
-    std = torch.tensor(batch.std, device=pixels.device).view(-1, 1)
+    mean = torch.tensor(batch.mean, dtype=pixels.dtype, device=pixels.device).view(-1, 1)
+    std = torch.tensor(batch.std, dtype=pixels.dtype, device=pixels.device).view(-1, 1)
     pixels = ((pixels / 255 - mean) / std).flatten(1)
     x = F.linear(pixels.to(weights.patch.dtype), weights.patch, weights.patch_bias)
     return x + position_embedding(batch.coords, weights.position).to(x.dtype)
