@@ -11,7 +11,7 @@ from mllm.batch import Size
 CAPTURED_TOKENS = 2048
 """Prompt tokens up to which a prefill is recorded, as all of `generate` are; beyond, its kernels outlast their launches."""
 CAPTURED_PATCHES = 4096
-"""The same for the patches of an image batch."""
+"""Patches of an image batch up to which its encoding is recorded."""
 
 
 def power_of_two(count: int) -> int:

@@ -23,13 +23,13 @@ from mllm.state import Tree
 from mllm.transform import capture, recorder_for
 
 RECORDINGS = 1024
-"""Of the decode step, at most; the one not used for longest gives way. One for each size of batch, power of two of listed
-pages, and way of drawing (`SamplingBatch`)."""
+"""Recordings of the decode step, at most; the one not used for longest gives way. One for each size of batch, power of two
+of listed pages, and way of drawing (`SamplingBatch`)."""
 PADDED = 64
-"""Of prefill, and of the encoder."""
+"""Recordings of prefill, and of the encoder, at most."""
 INFERENCE = torch.inference_mode()
-"""Around whole stages, never around a `yield`, which would hand it to the caller: a small model's step is a tenth
-shorter without autograd's part in every call."""
+"""The mode that whole stages run in, never around a `yield`, which would hand it to the caller: a small model's step is a
+tenth shorter without autograd's part in every call."""
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 

@@ -16,7 +16,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import END, IMAGE, START, VIDEO, Tiny, examples, four_prompts, make_tiny, picture, words
+from tiny import END, IMAGE, START, VIDEO, Broken, Tiny, examples, four_prompts, make_tiny, picture, words
 from tokenizer_files import write_tokenizer
 
 import mllm
@@ -127,17 +127,6 @@ def test_nothing_in_is_nothing_out(text_model: Tiny) -> None:
 
 
 # errors of one request
-
-
-class Broken(Image.Image):
-    """A picture whose header is fine and whose pixels are not, as a file that is cut short."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._mode, self._size = "RGB", (16, 8)
-
-    def load(self) -> Any:
-        raise OSError("image file is truncated")
 
 
 def test_a_picture_that_breaks_fails_its_own_request(vision_model: Tiny, tables: list[RequestTable]) -> None:

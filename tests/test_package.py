@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib
 import inspect
 import re
@@ -261,6 +262,16 @@ def test_the_front_page_says_where_every_module_is() -> None:
     named = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.py)`", table)}
     modules = [name for name in TREES if not name.startswith(("signs/", "stages/")) and "__" not in name]
     assert named == {Path(name).name for name in modules} | {"mllm_cli.py"}
+
+
+def test_a_system_s_own_pytorch_gets_all_other_packages() -> None:
+    """tox's jetson environment lists them, since the package itself would bring a PyTorch along."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {name.partition(";")[0].strip() for name in project["dependencies"]} - {"torch>=2.11"}
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", encoding="utf-8")
+    listed = set(tox["testenv:jetson"]["deps"].split())
+    assert listed == wanted | set(project["optional-dependencies"]["test"])
 
 
 def test_a_file_imports_only_those_above_it_on_the_front_page_or_beside_it() -> None:

@@ -17,7 +17,7 @@ import torch
 from attrs import evolve
 from faults import CALLED, Boundary, Faults
 from PIL import Image
-from tiny import IMAGE, Tiny, four_prompts, picture, words
+from tiny import IMAGE, Broken, Tiny, four_prompts, picture, words
 
 import mllm
 from mllm import buckets, budget, segments, stages
@@ -278,18 +278,10 @@ def test_a_row_that_breaks_while_the_next_step_runs_changes_no_token_of_the_othe
 def test_a_bad_picture_among_good_ones_changes_no_token_of_the_others(vision_model: Tiny, faults: Faults) -> None:
     """Wherever it stands, however many rows, and whether it shares the batch of a prompt in chunks."""
 
-    class Broken(Image.Image):
-        def __init__(self) -> None:
-            super().__init__()
-            self._mode, self._size = "RGB", (16, 8)
-
-        def load(self) -> Any:
-            raise OSError("broken at 0x7f3a5c2b10")
-
     prompts = [*four_prompts(vision_model), mllm.Prompt(words(9, 5))]
     want = mllm.generate(vision_model.ours, prompts, max_new_tokens=5)
     for at, rows in itertools.product(range(6), (1, 3, None)):
-        bad = mllm.Prompt([IMAGE, 3, IMAGE], [picture(8, 8), Broken()])
+        bad = mllm.Prompt([IMAGE, 3, IMAGE], [picture(8, 8), Broken("broken at 0x7f3a5c2b10")])
         some = [*prompts[:at], bad, *prompts[at:]]
         outs = mllm.generate(vision_model.ours, some, max_new_tokens=5, max_running_requests=rows)
         failed = outs.pop(at)

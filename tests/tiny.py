@@ -152,6 +152,17 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray((noise + slope).astype(np.uint8))
 
 
+class Broken(Image.Image):
+    """A picture of 16 x 8 whose header is fine and whose pixels are not, as of a file that is cut short."""
+
+    def __init__(self, reason: str = "image file is truncated") -> None:
+        super().__init__()
+        self._mode, self._size, self.reason = "RGB", (16, 8), reason
+
+    def load(self) -> Any:
+        raise OSError(self.reason)
+
+
 def words(count: int, seed: int = 0) -> list[int]:
     """Ordinary tokens."""
     return np.random.default_rng(seed).integers(0, WORDS, count).tolist()

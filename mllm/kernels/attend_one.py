@@ -20,15 +20,15 @@ from mllm.kernels.flash import LOG2E
 from mllm.kernels.pdl import launch_dependents, options, wait
 
 ROWS = gl.constexpr(16)
-"""Of the tensor cores' tile: the query heads of a key/value head, its newest key, its newest value, and nothing."""
+"""Rows of the tensor cores' tile: the query heads of a key/value head, its newest key, its newest value, and zeros."""
 QUERIES = gl.constexpr(8)
-"""Of them, at most: what is left of the tile after the scores."""
+"""Query heads of a key/value head, at most: the rows that are left of a tile after the scores."""
 MASKED = gl.constexpr(-1e30)
 
 
 @gluon.constexpr_function
 def product(warps):
-    """How the warps hold a product [ROWS n]: each some columns."""
+    """The layout of a product [ROWS n]: each warp has some columns."""
     return gl.NVMMADistributedLayout([2, 0], [1, warps], [16, 8])
 
 
@@ -133,13 +133,13 @@ def fold(state, powers, tops, values):
 
 @gluon.constexpr_function
 def heads(D, warps):
-    """How the warps hold the queries of a group, the newest key and the newest value, [ROWS D]: two rows each."""
+    """The layout of the queries of a group, the newest key and the newest value, [ROWS D]: two rows a warp."""
     return gl.BlockedLayout([1, D // 32], [2, 16], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def pairs(D, warps):
-    """The same in pairs, [ROWS D/2]."""
+    """The layout of those rows in pairs, [ROWS D/2]."""
     return gl.BlockedLayout([1, D // 64], [2, 16], [warps, 1], [1, 0])
 
 

@@ -45,17 +45,16 @@ from mllm.state import State, state, tensor
 from mllm.weights import TextWeights, stacked
 
 FEW_ROWS = range(2, 9)
-"""Rows of a decode step for which the products of `few` beat the others on Hopper; the record is in
-`docs/performance.md`."""
+"""Rows of a decode step for which the products of `few` beat the others on Hopper; this and what follows is measured, and
+the record is in `docs/performance.md`."""
 SKINNY_ROWS = 128
-"""Rows of a decode step up to which the products of `skinny` beat cuBLAS on an H200, since they keep its chain whole;
-the same."""
+"""Rows of a decode step up to which the products of `skinny` beat cuBLAS on an H200, since they keep its chain whole."""
 CHAINED_ROWS = range(64, 257)
-"""Rows of a decode step for which the products of `tall` beat both on Hopper; the same."""
+"""Rows of a decode step for which the products of `tall` beat those of `skinny` and cuBLAS on Hopper."""
 SKINNY_TOKENS = 64
-"""Tokens of a prompt up to which the products of `skinny` beat the others; the same."""
+"""Tokens of a prompt up to which the products of `skinny` beat the others."""
 FLASH_TOKENS = 2048
-"""Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3; the same. `flash_hopper` beats both."""
+"""Tokens of a prefill up to which `flash` is as fast as FlashInfer's FA3. `flash_hopper` beats both."""
 Product = Callable[..., Any]  # y [T K], weight [N K] -> [T N], gated [T N/2]; with x [T N] -> the stream
 
 
@@ -131,7 +130,7 @@ def _fused(product: Product) -> dict[str, Callable[..., Any]]:
 
 
 def _few(*, pdl: bool) -> dict[str, Callable[..., Any]]:
-    """Those of `few`, and of `skinny` where that can't read the weight, or finds the stream as `skinny` left it."""
+    """The ops of products by `few`, by `skinny` where that can't read a weight, or finds the stream as `skinny` left it."""
     ours = _fused(partial(few.linear, pdl=pdl))
     others = _skinny(pdl=pdl) | {"head": partial(_head, every=True, pdl=pdl)}
 
@@ -160,7 +159,7 @@ def _products() -> dict[str, Callable[..., Any]]:
 def _around(
     linear: Product, gated: Product, added: Product, *, pdl: bool, epilogue: str = "other"
 ) -> dict[str, Callable[..., Any]]:
-    """The ops of a layer's products, and of the norms before them; `ending`: how `linear` ends in a chain."""
+    """The ops of a layer's products, and of the norms before them; `epilogue`: that of `linear` in a chain."""
     return {
         "norm_linear": partial(products.normed, product=linear, epilogue=epilogue, pdl=pdl),
         "norm_gate": partial(products.normed, product=gated, epilogue="gate", pdl=pdl),
@@ -169,7 +168,7 @@ def _around(
 
 
 def _chained(*, unmade: bool = False) -> dict[str, Callable[..., Any]]:
-    """The same in a chain on Hopper; `unmade`: queries, keys and values are made by attention."""
+    """The ops of a layer's products in a chain on Hopper; `unmade`: queries, keys and values are made by attention."""
     linear = products.Unmade if unmade else partial(products.linear, pdl=True)
     gated = partial(products.gated, pdl=True)
     return _around(linear, gated, products.Unadded, pdl=True, epilogue="heads" if unmade else "other")
@@ -192,7 +191,7 @@ def _ending(many: dict[str, Callable[..., Any]], *, hopper: bool, pdl: bool) -> 
 def _head(
     x: Stream, last: Tensor | None, norm: Tensor, weight: Tensor, *, eps: float, every: bool, pdl: bool
 ) -> Tensor:
-    """`every`: of a decode step, whose positions are its rows in order."""
+    """Logits f32 [Q V] of the positions `last`; `every`: of a decode step, whose positions are its rows in order."""
     if last is not None and not every:
         x = x.index_select(0, last) if isinstance(x, Tensor) else x.at(last)
     if isinstance(x, products.Unadded):

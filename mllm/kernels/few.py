@@ -22,14 +22,14 @@ from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.kernels.words import halves
 
 OUTPUTS = gl.constexpr(16)
-"""Of a tile: the tensor cores' tall side. Of gate and up it has 8 each."""
+"""Outputs of a tile: the tensor cores' tall side. Of gate and up it has 8 each."""
 ROWS = gl.constexpr(8)
-"""Their narrow one."""
+"""Rows of x in a tile: the tensor cores' narrow side."""
 
 
 @gluon.constexpr_function
 def _axis(layout, dim):
-    """How an index along one dimension of three is held; two are left to add."""
+    """The layout of an index along one dimension of three; two are left to add."""
     first, second = [d for d in (0, 1, 2) if d != dim]
     return gl.SliceLayout(first, gl.SliceLayout(second, layout))
 
@@ -141,7 +141,7 @@ def _only(at, live, tile, from_x, some, xs, PIECES: gl.constexpr, WIDTH: gl.cons
 
 @gluon.jit
 def _next(at, live, after, live_after, tile, xs, WIDTH: gl.constexpr):
-    """The same of a tile that another comes after, all of x at hand, and the pieces of that one."""
+    """The product of a tile that another comes after, with all of x at hand, and the pieces of the other, on their way."""
     AHEAD: gl.constexpr = len(tile)
     PIECES: gl.constexpr = len(xs)
     acc = _nothing(tile[0].shape[0])
@@ -212,7 +212,7 @@ class Tile(NamedTuple):
 
 
 ALL = 2**30
-"""Of all there are."""
+"""As many programs, or pieces of x, as there are."""
 
 
 def tile_for(tiles: int, inputs: int, *, kept: bool) -> Tile:

@@ -268,5 +268,5 @@ def images(
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of `rows` by `columns` of x [X heads Dv]."""
+    """A descriptor of tiles of `rows` by `columns` of x [X heads Dv]."""
     return TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, columns])

@@ -183,11 +183,11 @@ def flash_hopper_kernel(
 
 
 REGISTERS = {1: 0, 2: 240, 3: 160, 4: 112}
-"""What a thread of a group may have, by their number: 65,536 less those of the warp that copies. One takes all."""
+"""Registers of a thread of a group, by the number of groups: 65,536 less those of the warp that copies. One takes all."""
 COSTS = {Tile(2, 128, 2): 0.063, Tile(3, 128, 2): 0.053, Tile(4, 64, 4): 0.053}
 """Nanoseconds that a query takes for each key, measured with heads of 64: the more groups, the fewer keys are copied."""
 SHORT = Tile(1, 64, 4)
-"""For prompts that are over so soon that small programs are best."""
+"""The tile of prompts that are over so soon that small programs are best."""
 
 
 def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype) -> Tile | None:
@@ -205,7 +205,7 @@ def image_tile(patches: int, heads: int, size: int, dtype: torch.dtype) -> Tile 
 
 
 def prompt_tile(tokens: int, size: int, page_size: int, dtype: torch.dtype) -> Tile | None:
-    """The same for prompts of so many tokens each."""
+    """What was fastest on an H200 for prompts of so many tokens each; None where `flash` serves."""
     if not fits(size, page_size, dtype):
         return None
     return SHORT if tokens <= 384 else Tile(1 if tokens <= 768 else 2, 128, 2)

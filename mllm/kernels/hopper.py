@@ -20,32 +20,32 @@ from mllm.kernels.room import rows_of
 
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.8 on, and before
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-"""What the tensor cores multiply from shared memory."""
+"""Types that the tensor cores multiply from shared memory, as PyTorch and Gluon have them."""
 MULTIPROCESSORS = 132
-"""Of an H100 or H200. The kernels' programs take a multiprocessor each."""
+"""Streaming multiprocessors of an H100 or H200. The kernels' programs take one each."""
 
 
 @gluon.constexpr_function
 def mma(columns):
-    """How four warps hold 64 rows of a product."""
+    """The layout of 64 rows of a product in four warps, as the tensor cores leave it."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.constexpr_function
 def lines(columns):
-    """How they hold them to write 16 bytes a thread: by fours, as a product lies, a kernel takes 0.3 to 0.8 us longer."""
+    """A layout of 64 rows in four warps to write 16 bytes a thread; by fours (`mma`) a kernel takes 0.3 to 0.8 us more."""
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def parts_layout(warps):
-    """How warps hold a product [warps 16 8] of the older instruction, each that of its own inputs."""
+    """The layout of a product [warps 16 8] by the older instruction, where each warp has that of its own inputs."""
     return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
 
 
 @gluon.constexpr_function
 def factor_layout(index, warps, inputs):
-    """How they hold a factor of it: the weight [warps 16 n], or x [warps n 8]; `inputs` of them in a row."""
+    """The layout of a factor of `parts_layout`: the weight [warps 16 n], or x [warps n 8]; `inputs` of them in a row."""
     return gl.DotOperandLayout(index, parts_layout(warps), inputs)
 
 
@@ -95,7 +95,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """By which `rows` by `columns` of x [... columns] are copied at once; all but its first dimension lie side by side."""
+    """To copy `rows` by `columns` of x [... columns] at once; all but its first dimension lie side by side."""
     return TensorDescriptor(
         x, [rows_of(x, rows), x.shape[1:].numel()], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
     )
@@ -103,5 +103,5 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 @lru_cache(maxsize=64)
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
-    """How a tile lies in shared memory; once, as it takes longer to make than all else of a descriptor."""
+    """The layout of a tile in shared memory; kept, as it takes longer to make than all else of a descriptor."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[dtype])

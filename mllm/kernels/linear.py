@@ -46,7 +46,7 @@ def _vector(x, K: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def _product(weights, value, PIECES: tl.constexpr):
-    """Their products, [BN]."""
+    """The products of pieces of a weight and of a vector, added up: [BN]."""
     out = weights[0].to(tl.float32) * value[0][None, :]
     for i in tl.static_range(1, PIECES):
         out += weights[i].to(tl.float32) * value[i][None, :]

@@ -19,7 +19,7 @@ from mllm.errors import MissingPackageError
 from mllm.kernels.flash import LOG2E
 
 WORKSPACE_BYTES = 128 * 2**20
-"""For what FlashInfer plans; the size that its documentation recommends."""
+"""Room for what FlashInfer plans; the size that its documentation recommends."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [T H D], keys, values [P S K D] -> [T A]
 

@@ -23,7 +23,7 @@ from mllm.kernels.room import empty_groups
 from mllm.weights import Merger, TapMerger, stacks_of
 
 MATRICES = "up", "up_bias", "down", "down_bias"
-"""Of a merger, which lie with those of the others."""
+"""Matrices of a merger that lie in stacks with those of the others."""
 
 
 class Unmerged(NamedTuple):

@@ -51,7 +51,7 @@ FEW = 256
 
 
 def warps_for(rows: int, width: int) -> int:
-    """Of a program that normalises a row: what was fastest on an H200, by the record in `docs/performance.md`."""
+    """Warps of a program that normalises a row: what was fastest on an H200, by the record in `docs/performance.md`."""
     each = width // (128 if rows <= FEW else 256)
     return min(16, 1 << max(0, each.bit_length() - 1))
 

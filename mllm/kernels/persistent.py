@@ -30,20 +30,20 @@ from mllm.kernels.words import pack, send, unpack
 from mllm.weights import Stacks
 
 STAGES = 6
-"""Of the ring: what shared memory has room for beside attention."""
+"""Stages of the ring: what shared memory has room for beside attention."""
 NEAR = gl.constexpr(2)
 """Tiles that are on their way around attention, where programs wait for each other most."""
 FAR = gl.constexpr(3)
-"""The same elsewhere: enough to read memory at its full rate."""
+"""Tiles that are on their way elsewhere: enough to read memory at its full rate."""
 ALONE = gl.constexpr(9)
-"""The same of programs that have more of the residual stream than most, while those wait for them."""
+"""Tiles on their way of programs that have more of the residual stream than most, while the others wait for them."""
 
 RUN = 32
 """Tokens of a context that are copied at once, where pages are made of such."""
 SPLITS = 16
-"""Of a context, at most."""
+"""Splits of a context, at most."""
 TOKENS = 2**14
-"""Of a row up to which this is as fast as the chain of kernels."""
+"""Tokens of a row up to which this is as fast as the chain of kernels."""
 
 
 @gluon.constexpr_function
@@ -258,7 +258,7 @@ def persistent_kernel(
 
 
 def exchange_for(config: TextConfig, tokens: int, device: torch.device) -> Exchange:
-    """For a row of at most so many tokens."""
+    """The words and the split of a step whose row has at most so many tokens."""
     size = config.sizes
     split = split_for(tokens, size["H"], size["K"])
     vectors = 2 * size["E"] + size["A"] + size["F"] + size["C"]

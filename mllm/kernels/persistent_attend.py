@@ -24,7 +24,7 @@ SECTOR = gl.constexpr(4)
 
 @gluon.jit
 def place(K: gl.constexpr):
-    """Of this program: (key/value head, split of its context). Those that have most of the weights get the last splits."""
+    """This program's (key/value head, split of its context). Those that have most of the weights get the last splits."""
     at = gl.num_programs(0) - 1 - gl.program_id(0)
     return at % K, at // K
 
@@ -42,7 +42,7 @@ def span_of(length, K: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, R
 
 @gluon.constexpr_function
 def _stages(D, tile):
-    """Of the ring, for a tile of keys and values: parts of INPUTS columns, one after the other, keys first."""
+    """Stages of the ring for a tile of keys and values: parts of INPUTS columns, one after the other, keys first."""
     return -(-2 * D * tile // (INPUTS * TILES * HEIGHT).value)
 
 

@@ -17,37 +17,38 @@ from mllm.kernels.hopper import copy, factor_layout, new_barriers, parts_layout
 from mllm.kernels.words import halves, pack, receive, unpack
 
 OUTPUTS = gl.constexpr(16)
-"""Of a tile: the tensor cores' tall side."""
+"""Outputs of a tile: the tensor cores' tall side."""
 COLUMNS = gl.constexpr(8)
-"""Their narrow one."""
+"""Columns of a product, of which one is wanted: the tensor cores' narrow side."""
 WARPS = gl.constexpr(8)
 INPUTS = gl.constexpr(64)
-"""Of a tile, for each warp: 128 bytes, the widest that descriptors copy."""
+"""Inputs of a tile for each warp: 128 bytes, the widest that descriptors copy."""
 WIDTH = gl.constexpr(512)
-"""Inputs of a tile, for all warps; the same of x are a piece."""
+"""Inputs of a tile for all warps; as many of x are a piece."""
 TILES = gl.constexpr(2)
-"""Of a stage of the ring, one after the other along the inputs: fewer barriers than with one."""
+"""Tiles of a stage of the ring, one after the other along the inputs: fewer barriers than with one."""
 HEIGHT = gl.constexpr((WARPS * OUTPUTS).value)
-"""Rows of a tile as it lies there, INPUTS wide: the outputs for each warp."""
+"""Rows of a tile as it lies in the ring, INPUTS wide: the outputs for each warp."""
 GROUP = gl.constexpr(4)
 """Tiles that are multiplied between two barriers."""
 
 
 @gluon.constexpr_function
 def _flat():
-    """How they read a tile [WARPS*OUTPUTS INPUTS], which is the weight."""
+    """The layout in which the warps read a tile [WARPS*OUTPUTS INPUTS], which is the weight."""
     return gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [WARPS.value, 1], [16, 8]), 2)
 
 
 @gluon.constexpr_function
 def _pairs():
-    """How they hold a piece of x in pairs [WARPS INPUTS/2] as it comes: one a thread."""
+    """The layout of a piece of x in pairs [WARPS INPUTS/2] as it comes: one a thread."""
     return gl.BlockedLayout([1, 1], [1, 32], [WARPS.value, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def _wanted():
-    """How they hold it to multiply: each of four threads a fourth of its warp's, one after the other in shared memory."""
+    """The layout of such a piece to multiply: each of four threads has a fourth of its warp's, one after the other in shared
+    memory."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4]],
         lane_bases=[[0, 8], [0, 16], [0, 0], [0, 0], [0, 0]],
@@ -59,7 +60,7 @@ def _wanted():
 
 @gluon.constexpr_function
 def results():
-    """How they hold every second output of a tile [OUTPUTS/2]: all warps all of them."""
+    """The layout of every second output of a tile [OUTPUTS/2]: all warps have all of them."""
     return gl.SliceLayout(0, _parts())
 
 
@@ -70,7 +71,7 @@ def _parts():
 
 @gluon.jit
 def new_ring(box, STAGES: gl.constexpr):
-    """(tiles, barrier of each that it is there, barrier of each stage that it has been read)."""
+    """An empty ring: (tiles, barrier of each that it is there, barrier of each stage that it has been read)."""
     tiles = gl.allocate_shared_memory(box.dtype, [STAGES, TILES * HEIGHT, INPUTS], box.layout)
     return tiles, new_barriers(STAGES * TILES, 1), new_barriers(STAGES, 1)
 
@@ -135,7 +136,7 @@ def fill(box, row, K: gl.constexpr, ring, step, ahead):
 
 @gluon.jit
 def _addresses(x, COUNT: gl.constexpr):
-    """Of the pairs of a vector, in pieces."""
+    """The addresses of the pairs of a vector, in pieces."""
     P: gl.constexpr = _pairs()
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, P))[:, None]
     at = x + warp * (INPUTS // 2) + gl.arange(0, INPUTS // 2, gl.SliceLayout(0, P))[None, :]
@@ -157,7 +158,7 @@ def read(x, K: gl.constexpr):
 
 @gluon.jit
 def receive_vector(words, turn, K: gl.constexpr):
-    """The same of one that other programs send."""
+    """A vector [K] that other programs send, in pieces, in pairs."""
     wanted = gl.full([WARPS, INPUTS // 2], 1, gl.int32, _pairs())
     return receive(_addresses(words, K // WIDTH), turn, wanted)
 
@@ -187,7 +188,7 @@ def _by_thread(pairs):
 
 @gluon.jit
 def put_scaled(pieces, scales, squares, dtype: gl.constexpr):
-    """The same of x times its norm's weight. To `squares` [WARPS] goes what each warp's part of x squared sums up to."""
+    """`put` of x times its norm's weight. To `squares` [WARPS] goes what each warp's part of x squared sums up to."""
     square = gl.zeros([WARPS, INPUTS // 2], gl.float32, _pairs())
     scaled = ()
     for i in gl.static_range(len(pieces)):
@@ -202,7 +203,7 @@ def put_scaled(pieces, scales, squares, dtype: gl.constexpr):
 
 @gluon.jit
 def root(squares, K: gl.constexpr, eps):
-    """What products of x, times its norm's weight, have yet to be multiplied by."""
+    """The reciprocal of x's root mean square, by which products of x times its norm's weight have yet to be multiplied."""
     square = squares.load(gl.BlockedLayout([WARPS], [32], [WARPS], [0]))
     return gl.rsqrt(gl.sum(square, 0) / K + eps)
 
@@ -250,7 +251,7 @@ def dot(ring, pieces, step):
 
 @gluon.jit
 def dot_long(ring, xs, step, K: gl.constexpr, dtype: gl.constexpr):
-    """The same of x [K] in shared memory, since registers may not have room for all of it."""
+    """`dot` of x [K] in shared memory, since registers may not have room for all of it."""
     COUNT: gl.constexpr = K // WIDTH
     acc = gl.zeros([WARPS, OUTPUTS, COLUMNS], gl.float32, parts_layout(WARPS))
     for i in gl.static_range(0, COUNT, GROUP):
@@ -268,7 +269,7 @@ def share(acc):
 
 @gluon.jit
 def total(parts):
-    """All of them added up: (the even outputs, the odd ones), [OUTPUTS/2] each."""
+    """The warps' parts added up: (the even outputs, the odd ones), [OUTPUTS/2] each."""
     layout: gl.constexpr = gl.BlockedLayout([WARPS, 2, 1], [1, 32, 1], [1, 1, WARPS], [2, 1, 0])
     even, odd = gl.split(gl.reshape(parts.slice(0, 1, 2).load(layout), [WARPS, OUTPUTS // 2, 2]))
     return gl.sum(gl.convert_layout(even, _parts()), 0), gl.sum(gl.convert_layout(odd, _parts()), 0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ROWS = 128
-"""Of the largest tile."""
+"""Rows of the largest tile."""
 
 
 def empty_rows(like: Tensor, rows: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
