@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DESCRIPTION = "A pure-functional, staged runtime for multimodal language models."
 EPILOG = """\
@@ -27,6 +28,9 @@ MODEL = (
     "a local Hugging Face folder; the embedded model, signs; or a public model's name (qwen3-vl-2b, ...), which gives "
     "its shapes with random weights. Nothing is downloaded"
 )
+
+
+Commands = Any  # what `add_subparsers` returns, for which argparse has no public name
 
 
 def version() -> str:
@@ -52,7 +56,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     top.add_argument("--debug", action="store_true", help="show where an error was raised, not just what it says")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_generate, _demo, _bench, _env):
+        add(commands)
+    return top
 
+
+def _generate(commands: Commands) -> None:
     generate = commands.add_parser(
         "generate", help="answer a question, about pictures or not",
         description="Answer a question, about pictures or not. The answer streams to standard output, its speed to "
@@ -70,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", metavar="N", type=int, default=0, help="the same draws the same (default: 0)")
     generate.add_argument("--stats", action="store_true", help="print the figures as JSON, not in words")
 
+
+def _demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo", help="draw a picture, ask about it, print the answer beside the truth",
         description="Draw a picture that no training has seen, save it, ask about it, and print the answer beside the "
@@ -80,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--save", metavar="FILE", default="demo.png", help="where the picture goes (default: demo.png)")
     _model(demo)
 
+
+def _bench(commands: Commands) -> None:
+    """What measures, and what is done with its results; these read their options themselves."""
     bench = commands.add_parser(
         "bench", help="run the benchmarks; takes pytest's options",
         usage="mllm bench [PYTEST OPTION ...]",
@@ -90,6 +104,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("plot", add_help=False, help="draw a benchmark's results").set_defaults(options=[])
     commands.add_parser("compare", add_help=False, help="compare two results; fail if slower").set_defaults(options=[])
 
+
+def _env(commands: Commands) -> None:
     env = commands.add_parser(
         "env", help="report versions, processor, GPU, and how memory would be shared out for a model",
         description="Report versions, processor and GPU, and the memory budget that a model would get on a device now: "
@@ -97,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     env.add_argument("--json", action="store_true", help="as JSON")
     _model(env)
-    return top
 
 
 def _model(to: argparse.ArgumentParser) -> None:

@@ -210,12 +210,8 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForCon
         for group in optimizer.param_groups:
             group["lr"] = args.rate * rate_at(step, args.warmup, share)
         # The noise on top of the drawn one differs each time that a batch is seen
-        loss = loss_of(model, batch, device, noise=0.06 * (step % 7) / 6)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        total, since = total + loss.detach(), since + 1
+        loss = _learn(model, optimizer, loss_of(model, batch, device, noise=0.06 * (step % 7) / 6))
+        total, since = total + loss, since + 1
         if (step + 1) % args.report == 0:
             say(f"step {step + 1} loss {total.item() / since:.4f} {since / (time.perf_counter() - start):.2f} steps/s")
             total, since, start = torch.zeros((), device=device), 0, time.perf_counter()
@@ -230,6 +226,15 @@ def train(args: argparse.Namespace, say: Callable[[str], None]) -> Qwen3VLForCon
     say(f"saved {args.out / 'model'}")
     finish(args, tests, device, say)
     return model
+
+
+def _learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> torch.Tensor:
+    """One step of the optimizer; the loss, without its graph."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
 
 
 def finish(args: argparse.Namespace, tests: list[tuple[str, Batch]], device: str, say: Callable[[str], None]) -> None:
