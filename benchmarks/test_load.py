@@ -23,4 +23,5 @@ def test_load(case: Case, tmp_path: Path) -> None:
         work=Work(model.weights.nbytes, 0),
     )
     pairs = zip(state.leaves(loaded.weights), state.leaves(model.weights), strict=True)
-    assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in pairs)
+    for a, b in pairs:  # weights after a norm were centred twice, and rounded (`weights.weight_after_norm`)
+        torch.testing.assert_close(a, b, rtol=0, atol=torch.finfo(b.dtype).eps * float(b.abs().max()))
