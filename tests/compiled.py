@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mllm import families
 from mllm.batch import ForwardBatch, PatchBatch
-from mllm.kernels import cuda, cuda_vision, mrope, patches, resize, step
+from mllm.kernels import cuda, cuda_prompts, cuda_vision, mrope, patches, resize, step
 from mllm.kernels.ops import Ops
 from mllm.kernels.reference import REFERENCE
 from mllm.sampling import Sampling, sampling_batch
@@ -70,7 +70,7 @@ def whole(model: str, ops: Ops, batch: ForwardBatch) -> None:
 
 def prompt(model: str, tokens: int, *, wide: bool, hopper: bool) -> None:
     """Every op of the prompt table once, for one row and for some."""
-    ops = cuda.prompt_ops(tokens, wide=wide, hopper=hopper)
+    ops = cuda_prompts.prompt_ops(tokens, wide=wide, hopper=hopper)
     for rows in (1, 4):
         forward(model, ops, tokens, rows)
     x, at = empty(tokens, 2048), empty(16, dtype=torch.int64)

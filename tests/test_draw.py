@@ -29,7 +29,7 @@ from mllm.sampling import Sampling, sampling_batch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402  (after it is known to be there)
 
-from mllm.kernels import cuda, draw  # noqa: E402
+from mllm.kernels import cuda, cuda_prompts, draw  # noqa: E402
 
 BLOCK = 64  # of a small vocabulary, that it has several parts
 pytestmark = pytest.mark.usefixtures("triton_device")
@@ -289,7 +289,7 @@ def test_a_search_that_no_row_needs_is_not_launched(
     rows = [s, Sampling(top_k=3, top_p=0.5)]  # the other is greedy, whose limits ask for nothing
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).to(device)
     lengths = torch.ones(2, dtype=torch.int32, device=device)
-    tokens = cuda.prompt_ops(64, wide=False).sample(logits, batch_of(rows, device), lengths)
+    tokens = cuda_prompts.prompt_ops(64, wide=False).sample(logits, batch_of(rows, device), lengths)
     assert torch.equal(tokens, REFERENCE.sample(logits, batch_of(rows, device), lengths))
     assert len(counted) == launched
 

@@ -98,12 +98,12 @@ def test_every_weight_that_is_taken_is_read_in_whole_pieces(kept: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("tokens", [30, 300])
 def test_what_is_left_of_a_prompt_goes_on_as_the_rows_of_a_step(tokens: int, rows: int, triton_device: str) -> None:
-    from mllm.kernels import cuda
+    from mllm.kernels import cuda_prompts
     from mllm.kernels.norm import add_norm
     from mllm.kernels.reference import REFERENCE
 
     on_hopper = triton_device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    ops = cuda.prompt_ops(tokens, wide=on_hopper, hopper=on_hopper)
+    ops = cuda_prompts.prompt_ops(tokens, wide=on_hopper, hopper=on_hopper)
     dtype = torch.bfloat16 if on_hopper else torch.float32  # the interpreter multiplies bfloat16 wrongly
     y, x, norm = (random(*n, device=triton_device).to(dtype) for n in ((rows, 96), (rows, 64), (64,)))
     out, gate = (random(*n, device=triton_device, scale=0.1).to(dtype) for n in ((64, 96), (256, 64)))

@@ -44,7 +44,7 @@ TABLES: dict[str, tuple[Ops, str]] = {  # name -> the table, the kind of device 
     "reference-cuda": (REFERENCE, "cuda"),
 }
 if importlib.util.find_spec("triton"):
-    from mllm.kernels.cuda import prompt_ops
+    from mllm.kernels.cuda_prompts import prompt_ops
     from mllm.kernels.cuda_vision import vision_ops
 
     few, many = prompt_ops(16, wide=False), prompt_ops(2**31, wide=False)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 @pytest.fixture(scope="module")
 def padded(vision_model: Tiny) -> mllm.Model:
     """The small Qwen3-VL with the tables of a GPU of capability 8.x."""
-    from mllm.kernels import cuda, cuda_vision
+    from mllm.kernels import cuda, cuda_prompts, cuda_vision
 
     def gelu(x: Any, weight: Tensor, bias: Tensor) -> tuple[Any, Tensor]:
         """The epilogue that the table uses is the erf form on a CPU."""
@@ -37,7 +37,7 @@ def padded(vision_model: Tiny) -> mllm.Model:
     model = vision_model.ours
     return evolve(
         model, weights=map_leaves(Tensor.contiguous, model.weights), ops=REFERENCE,
-        decode_ops=partial(cuda.decode_ops, pdl=False), prompt_ops=partial(cuda.prompt_ops, wide=False),
+        decode_ops=partial(cuda.decode_ops, pdl=False), prompt_ops=partial(cuda_prompts.prompt_ops, wide=False),
         vision_ops=vision,
     )  # fmt: skip
 

@@ -260,7 +260,9 @@ def draw(logits: Tensor, sampling: SamplingBatch, lengths: Tensor, found: Found,
 
 
 def sample(logits: Tensor, sampling: SamplingBatch, lengths: Tensor, *, pdl: bool) -> Tensor:
-    """As `reference.sample`, of a batch that draws."""
+    """As `reference.sample`."""
+    if sampling.greedy:
+        return step.argmax(logits, pdl=pdl)
     block = CHUNK if len(logits) <= FEW else 2 * CHUNK
     found = search(logits, sampling, block=block, pdl=pdl)
     return draw(logits, sampling, lengths, found, block=block, pdl=pdl)

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mllm.batch import ForwardBatch
+from mllm.config import TextConfig
+from mllm.kernels import rope
 from mllm.kernels.ops import NOT_FINITE
 from mllm.kernels.pdl import launch_dependents, options, wait
 from mllm.kernels.rotary import check_sections
@@ -52,6 +54,12 @@ def rotary_kernel(positions, frequencies, cos, sin, ACROSS, ALONG, HALF, HEIGHT,
     angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
     tl.store(cos + t * HALF + i, tl.cos(angle), mask=i < HALF)
     tl.store(sin + t * HALF + i, tl.sin(angle), mask=i < HALF)
+
+
+def rotary_of(batch: ForwardBatch, config: TextConfig, *, pdl: bool) -> tuple[Tensor, Tensor]:
+    """Cosine and sine f32 [T D/2] of a batch's positions."""
+    frequencies = rope.frequencies(config.head_dim // 2, config.rope_theta, batch.positions.device)
+    return rotary(batch.positions, frequencies, config.mrope_section, pdl=pdl)
 
 
 def rotary(

@@ -54,10 +54,14 @@ def _compiled_tables() -> Tables:
 @lru_cache(maxsize=4)
 def _cuda_tables(*, wide: bool, hopper: bool) -> Tables:
     try:
-        from mllm.kernels import cuda, cuda_vision  # need Triton, which machines without a GPU need not have
+        from mllm.kernels import (  # need Triton, which machines without a GPU need not have
+            cuda,
+            cuda_prompts,
+            cuda_vision,
+        )
     except ImportError as error:
         raise MissingPackageError.of(error, needs="CUDA devices need", install="'mllm-runtime[cuda]'") from error
-    prompts = partial(cuda.prompt_ops, wide=wide, hopper=hopper)
+    prompts = partial(cuda_prompts.prompt_ops, wide=wide, hopper=hopper)
     general = cuda_vision.vision_ops(prompts(2**31, fa3=hopper), captured=False, wide=wide, hopper=hopper)
     return Tables(
         ops=general,
