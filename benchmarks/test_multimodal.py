@@ -24,7 +24,7 @@ def test_multimodal_prefill(case: Case, batch: int, image_len: int, padded: str)
     vision, weights = model.config.vision, model.weights.vision
     assert vision is not None
     assert weights is not None
-    session.fits(batch, image_len or 1)
+    session.fits(batch, image_len or 1)  # before a prompt of that length is made, whose own is looked at below
     picture, tokens = session.picture_prompt(image_len or None)
     layout = points.lay_out(model, tokens, picture)
     length, count = len(layout.tokens), layout.counts[0]

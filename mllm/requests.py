@@ -94,7 +94,7 @@ def make_all(
     limits = _for_each(new_tokens, int, len(prompts), "max_new_tokens")
     settings = _for_each(sampling, Sampling, len(prompts), "sampling")
     for index, limit in enumerate(limits):
-        check_limit("max_new_tokens" if new_tokens is limit else f"max_new_tokens[{index}]", limit, 1)
+        check_limit("max_new_tokens" if isinstance(new_tokens, int) else f"max_new_tokens[{index}]", limit, 1)
     return [
         make(model, prompt, index=index, new_tokens=limit, sampling=own)
         for index, (prompt, limit, own) in enumerate(zip(prompts, limits, settings, strict=True))

@@ -122,6 +122,11 @@ def check(self: State) -> None:
             _bind(sizes, dim, got, where=where, dims=dims, shape=value.shape)
 
 
+def letter_of(dim: str) -> str:
+    """The letter of a size in a declaration: B of "B" and of "B+1", nothing of a number."""
+    return dim.rstrip("+-0123456789")
+
+
 def _bind(
     sizes: dict[str, tuple[int, str]], dim: str, got: int, *, where: str, dims: tuple[str, ...], shape: torch.Size
 ) -> None:
@@ -131,7 +136,7 @@ def _bind(
         if int(dim) != got:
             raise ShapeError(f"{where}: {expected}")
         return
-    letter = dim.rstrip("+-0123456789")
+    letter = letter_of(dim)
     size = got - int(dim[len(letter) :] or 0)
     bound, by = sizes.setdefault(letter, (size, where))
     if bound != size:

@@ -143,14 +143,18 @@ class _Recording:
         """Whether each argument is the object that lies there, and none may have changed since. Raises `DonatedError` for
         one that is dead."""
         for argument, value in given.items():
-            present = self.present[argument]
             if isinstance(value, State):
-                if not isinstance(present, ref) or present() is not value:
+                if self._state(argument) is not value:
                     return False
                 check_alive(value)
-            elif value is not present:  # nor a reference, whose state may be gone: None is no sign of that
+            elif value is not self.present[argument]:  # None is no state that is gone, which has left a reference
                 return False
         return True
+
+    def _state(self, argument: str) -> State | None:
+        """The state whose numbers lie in the buffers, if there is one that somebody still holds."""
+        known = self.present[argument]
+        return known() if isinstance(known, ref) else None
 
     def call(self, given: dict[str, Any]) -> Tree:
         """A later call: bring the arguments into place, and run."""
@@ -176,9 +180,8 @@ class _Recording:
 
     def _bring(self, argument: str, value: Tree) -> None:
         """Copy an argument into the recording's buffers, unless it lies there already."""
-        known = self.present[argument]
-        present = known() if isinstance(known, ref) else None
-        if value is present and present is not None:
+        present = self._state(argument)
+        if present is not None and present is value:
             return
         if argument in self.carried and present is not None and not is_donated(present):
             _donate(present, to=f"a call of the captured {self.name} with another {argument}")

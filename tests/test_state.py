@@ -20,6 +20,7 @@ from mllm.state import (
     each,
     is_donated,
     leaves,
+    letter_of,
     map_leaves,
     replace,
     signature,
@@ -181,7 +182,7 @@ def test_every_letter_of_every_state_is_in_the_legend() -> None:
     def visit(cls: type[State]) -> None:
         for sub in cls.__subclasses__():
             if sub.__module__.startswith("mllm"):
-                seen.update(d.rstrip("+-1") for _, dims, _ in sub.__specs__ for d in dims if not d.isdigit())
+                seen.update(letter_of(d) for _, dims, _ in sub.__specs__ for d in dims if not d.isdigit())
                 visit(sub)
 
     visit(State)

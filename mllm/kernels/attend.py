@@ -125,7 +125,7 @@ def shares(length, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def merged(parts, sums, live, A: tl.constexpr, D: tl.constexpr, AP: tl.constexpr, SPLITS: tl.constexpr):
-    """The first `live` splits of an `SplitHeads` as one vector f32 [AP], zeros beyond A. D is a power of two."""
+    """The first `live` splits of a `SplitHeads` as one vector f32 [AP], zeros beyond A. D is a power of two."""
     h = tl.arange(0, AP // D)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, D)
@@ -146,7 +146,7 @@ def attend_kernel(
 ):  # fmt: skip
     """out [B H*D] from qkv [B (H + 2K)*D]; writes the new keys and values [P S K D] at `slots`.
 
-    Without MERGE there is one row, and `out` and `stats` are the parts and sums of an `SplitHeads`.
+    Without MERGE there is one row, and `out` and `stats` are the parts and sums of a `SplitHeads`.
     """
     G: tl.constexpr = H // K
     h = tl.program_id(0)

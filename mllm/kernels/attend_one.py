@@ -218,7 +218,7 @@ def attend_one_kernel(
     qkv, q_norm, k_norm, cos, sin, keys, values, slots, pages, lengths, out, sums, scale, eps, H: gl.constexpr,
     K: gl.constexpr, D: gl.constexpr, S: gl.constexpr, SPLITS: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The parts `out` [SPLITS H*D] and `sums` [SPLITS H] of an `SplitHeads` from qkv [(H + 2K)*D]; writes the new keys and
+    """The parts `out` [SPLITS H*D] and `sums` [SPLITS H] of a `SplitHeads` from qkv [(H + 2K)*D]; writes the new keys and
     values [P S K D] at `slots`."""
     G: gl.constexpr = H // K
     T: gl.constexpr = keys.dtype.element_ty

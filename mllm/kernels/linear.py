@@ -74,7 +74,7 @@ def linear_kernel(
 ):  # fmt: skip
     """y [N] from x [K] and w [N K]. GATE: w [2N K] holds gate over up, and y is silu(gate) * up.
 
-    SPLITS: x, `sums`, `lengths` and TILE are an `SplitHeads` of heads of D; else 0. What is long is kept in pieces, since
+    SPLITS: x, `sums`, `lengths` and TILE are a `SplitHeads` of heads of D; else 0. What is long is kept in pieces, since
     the width of a tensor is a power of two here.
     """
     first = tl.program_id(0) * BN

@@ -54,11 +54,8 @@ def _compiled_tables() -> Tables:
 @lru_cache(maxsize=4)
 def _cuda_tables(*, wide: bool, hopper: bool) -> Tables:
     try:
-        from mllm.kernels import (  # need Triton, which machines without a GPU need not have
-            cuda,
-            cuda_prompts,
-            cuda_vision,
-        )
+        # here, as they need Triton, which machines without a GPU need not have
+        from mllm.kernels import cuda, cuda_prompts, cuda_vision
     except ImportError as error:
         raise MissingPackageError.of(error, needs="CUDA devices need", install="'mllm-runtime[cuda]'") from error
     prompts = partial(cuda_prompts.prompt_ops, wide=wide, hopper=hopper)

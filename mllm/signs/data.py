@@ -1,6 +1,6 @@
 """From examples to packed batches of tensors: many pictures and many prompts of different sizes, without padding.
 
-Pictures are prepared, and tokens placed, as for the runtime (`mllm.images`, `mllm.positions`), and so as transformers
+Pictures are prepared, and tokens placed, as for the runtime (`mllm.images`, `mllm.prompts`), and so as transformers
 does. Values stay uint8; the model's side scales them to -1..1.
 """
 
@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from mllm import images
 from mllm.image_config import ImageConfig
-from mllm.positions import positions
+from mllm.prompts import Expanded, Prompt, expand
 from mllm.signs import tokens
 from mllm.signs.pictures import KINDS, Example, examples, held_out
 
@@ -37,24 +37,14 @@ def _tokenizer() -> Tokenizer:
     return tokens.build()
 
 
-def _prompt(item: Example, grids: list[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
-    """Token ids of question and answer, how many of them the answer has, and M-RoPE positions [3, tokens]."""
+def _laid_out(item: Example) -> tuple[Expanded, list[int]]:
+    """Question and answer token by token, and the tokens of the answer, which are the last."""
     before = "<|im_start|>user\n" + "<|vision_start|><|image_pad|><|vision_end|>" * len(item.images)
     question = f"{item.question}<|im_end|>\n<|im_start|>assistant\n"
     tokenizer = _tokenizer()
-    prompt = tokenizer.encode(before + question).ids
     answer = tokenizer.encode(f"{item.answer}<|im_end|>").ids
-    pad, left = tokenizer.token_to_id("<|image_pad|>"), list(grids)
-    ids: list[int] = []
-    starts = []
-    for token in prompt + answer:
-        if token == pad:
-            starts.append(len(ids))
-            ids += [token] * images.tokens(left.pop(0), IMAGES)
-        else:
-            ids.append(token)
-    merged = [(rows // IMAGES.merge, columns // IMAGES.merge) for rows, columns in grids]
-    return ids, answer, positions(len(ids), starts, merged)[0]
+    prompt = Prompt(tokenizer.encode(before + question).ids + answer, item.images)
+    return expand(prompt, IMAGES, tokenizer.token_to_id("<|image_pad|>"), tokenizer.get_vocab_size()), answer
 
 
 def pack(items: list[Example]) -> Batch:
@@ -65,37 +55,35 @@ def pack(items: list[Example]) -> Batch:
     tokens and `shown_row` their rows of the merged features; `at` the tokens that predict
     the answers' `labels`, and `owner` the prompt that each belongs to.
     """
-    seen: dict[int, tuple[int, tuple[int, int]]] = {}
+    seen: dict[int, int] = {}  # the first row of each picture's features
     cut, places, sizes, row = [], [], [0], 0
-    ids, where, starts, shown_at, shown_row = [], [], [0], [], []
+    ids, positions, starts, shown_at, shown_row = [], [], [0], [], [np.arange(0)]
     at, labels, owner = [], [], []
     pad = _tokenizer().token_to_id("<|image_pad|>")
     for number, item in enumerate(items):
-        for image in item.images:
+        layout, answer = _laid_out(item)
+        for image, grid, count in zip(item.images, layout.grids, layout.counts, strict=True):
             if id(image) not in seen:
-                grid = images.grid(image.size, IMAGES)
                 cut.append(images.patches(image, IMAGES))
                 places.append(images.coordinates(grid, IMAGES))
                 sizes.append(len(cut[-1]))
-                seen[id(image)] = (row, grid)
-                row += images.tokens(grid, IMAGES)
-        shown = [seen[id(image)] for image in item.images]
-        new, answer, at_positions = _prompt(item, [grid for _, grid in shown])
-        shown_at.append(starts[-1] + np.flatnonzero(np.array(new) == pad))
-        shown_row += [np.arange(first, first + images.tokens(grid, IMAGES)) for first, grid in shown]
-        end = starts[-1] + len(new)
+                seen[id(image)] = row
+                row += count
+            shown_row.append(seen[id(image)] + np.arange(count))
+        shown_at.append(starts[-1] + np.flatnonzero(layout.tokens == pad))
+        end = starts[-1] + len(layout.tokens)
         at.append(np.arange(end - len(answer) - 1, end - 1))
         labels += answer
         owner += [number] * len(answer)
-        ids += new
-        where.append(at_positions)
+        ids.append(layout.tokens)
+        positions.append(layout.positions)
         starts.append(end)
     none = [np.zeros((0, 3 * IMAGES.patch**2), np.uint8)], [np.zeros((4, 0), np.int32)]
     arrays = {
         "patches": np.concatenate(cut or none[0]), "places": np.concatenate(places or none[1], 1),
-        "vision_starts": np.cumsum(sizes), "ids": ids,
-        "shown_at": np.concatenate(shown_at), "shown_row": np.concatenate(shown_row or [np.arange(0)]),
-        "positions": np.concatenate(where, 1), "starts": starts, "at": np.concatenate(at), "labels": labels,
+        "vision_starts": np.cumsum(sizes), "ids": np.concatenate(ids),
+        "shown_at": np.concatenate(shown_at), "shown_row": np.concatenate(shown_row),
+        "positions": np.concatenate(positions, 1), "starts": starts, "at": np.concatenate(at), "labels": labels,
         "owner": owner,
     }  # fmt: skip
     small = {"patches": torch.uint8, "places": torch.int16, "positions": torch.int16, "starts": torch.int32,
